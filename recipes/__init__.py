@@ -1,0 +1,1 @@
+"""The shipped recipes, installed as `stepdistill_recipes`: YAML files that `stepdistill ls recipes` lists."""

@@ -1,0 +1,127 @@
+"""From a recipe to the things that it names: family, strategy, roles; and their weights from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, distributed
+from .batch import seed_of
+from .errors import UserError
+from .families.base import Family
+from .families.load import load_family
+from .recipe import Recipe, load_recipe
+from .roles import Roles, build_roles
+from .sampling import Inference
+from .strategies import Strategy
+
+AVERAGE = "_ema"  # the average of role x is role x_ema
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """One recipe, loaded: what trains, samples, is evaluated and exported."""
+
+    recipe: Recipe
+    family: Family
+    strategy: Strategy
+    roles: Roles
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights that training may change, by name: roles/student/..., modules/head/..."""
+        roles = {
+            f"roles/{who}/{name}": p for who, role in self.roles.items() for name, p in role.named_parameters().items()
+        }
+        modules = {
+            f"modules/{key}/{name}": x
+            for key, module in self.strategy.modules().items()
+            for name, x in module.state_dict().items()
+        }
+        return roles | modules
+
+    @torch.no_grad()
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Copy saved weights in.
+
+        Raises:
+            UserError: they are of other names or shapes than this recipe's.
+        """
+        for name, p in self.tensors().items():
+            if name not in saved or saved[name].shape != p.shape:
+                raise UserError(
+                    f"the checkpoint has no {name} of shape {list(p.shape)}: it belongs to another recipe; train into "
+                    f"another folder with --output, or start over with --resume never"
+                )
+            p.copy_(saved[name])
+
+    def students(self) -> Roles:
+        """The roles as they are sampled: averages stand in for what they average."""
+        averaged = {name.removesuffix(AVERAGE): role for name, role in self.roles.items() if name.endswith(AVERAGE)}
+        return self.roles.swap(**averaged)
+
+    def inference(self, steps: int | None = None) -> Inference:
+        """How the student is sampled in that many steps (None: the strategy's own).
+
+        Raises:
+            UserError: this student cannot be sampled in that many.
+        """
+        try:
+            return self.strategy.inference(self.roles.schedule, steps)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def assemble(recipe: Recipe) -> Distillation:
+    """Load the pipeline and make the roles that the strategy wants, all equal to the teacher."""
+    where = distributed.device()
+    model, train = recipe.model, recipe.train
+    family = load_family(model.source, getattr(torch, model.dtype), model.revision, model.variant, where)
+    strategy = recipe.strategy
+    averaged = [name for name in trained(strategy) if train.ema is not None]
+    roles = build_roles(
+        family,
+        (*strategy.roles, *(name + AVERAGE for name in averaged)),
+        rank=recipe.lora.rank if recipe.lora else None,
+        targets=recipe.lora.targets if recipe.lora else None,
+        seed=train.seed,
+        precision=torch.bfloat16 if train.precision == "bf16" else None,
+        embed_guidance=strategy.inference(family.schedule).guidance is not None,
+    )
+    for name in averaged:
+        roles[name + AVERAGE].follow(roles[name])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(train.seed, "setup"))
+        strategy.setup(roles)
+    for module in strategy.modules().values():
+        module.to(where)
+    return Distillation(recipe, family, strategy, roles)
+
+
+def trained(strategy: Strategy) -> list[str]:
+    """Roles that are trained to be sampled: those that deserve an average."""
+    return [name for name in strategy.roles if name.startswith("student")]
+
+
+def restore(run: Path) -> Distillation:
+    """A run as its newest checkpoint left it.
+
+    Raises:
+        UserError: the folder is no run, or has no checkpoint yet.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no recipe.yaml; give the folder that `stepdistill train` wrote")
+    newest = checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        raise UserError(f"{run} has no checkpoint yet; train it first: stepdistill train {run / 'recipe.yaml'}")
+    loaded = assemble(load_recipe(run / "recipe.yaml"))
+    loaded.load(checkpoint.load(newest)[0])
+    return loaded
+
+
+def modules_of(strategy: Strategy, roles: Roles, names: tuple[str, ...]) -> list[nn.Parameter]:
+    """Parameters of the named roles and modules, as `Strategy.players` names them."""
+    modules = strategy.modules()
+    return [p for name in names for p in (roles[name] if name in roles else modules[name]).parameters()]

@@ -1,0 +1,162 @@
+"""The model card of an export, made of its `Serving`: what it is, a snippet that runs as printed, settings, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .inference import WHOLE, Serving
+
+FIGURES = ("who", "steps", "nfe", "guidance", "solver", "n", "fd", "fd_low", "fd_high", "alignment", "diversity", "ms")
+
+
+def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None) -> str:
+    """README.md.
+
+    results: JSON values (of eval/*.json) with rows of figures at any depth; picture: a file beside the card.
+    """
+    parts = [header(told), f"# {told.name}\n\n{about(told)}", "## Use", f"```python\n{snippet(told)}\n```", notes(told)]
+    parts += ["## Settings", settings(told)]
+    if found := [row for result in results for row in rows(result)]:
+        parts += ["## Figures", figures(found)]
+    if picture:
+        parts += ["## Samples", f"![The teacher's rows beside the student's]({picture})"]
+    return "\n\n".join(parts) + "\n"
+
+
+def header(told: Serving) -> str:
+    """What the Hub reads. JSON is YAML."""
+    tags = ["text-to-image", "diffusers", "few-step", "stepdistill", told.strategy]
+    tags += ["lora", "template:sd-lora"] if told.lora else []
+    fields = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": told.model,
+        "base_model_relation": "adapter" if told.lora else "finetune",
+        "tags": tags,
+    }
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
+
+
+def about(told: Serving) -> str:
+    what = f"A LoRA (rank {told.lora['rank']})" if told.lora else "A whole pipeline"
+    return (
+        f"{what} that makes `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} a picture "
+        f"at {told.resolution} x {told.resolution}, distilled with the strategy `{told.strategy}` of stepdistill. "
+        f"The licence is that of the base model."
+    )
+
+
+def snippet(told: Serving) -> str:
+    """Python that needs diffusers alone, and runs in the folder of the card."""
+    form, file = next(iter(told.files.items()))
+    scheduler, extra = told.sampler.scheduler, "".join(
+        f", {name}={json.dumps(value)}" for name, value in (("revision", told.revision), ("variant", told.variant)) if value
+    )
+    source = f'f"{{here}}/{file}"' if form in WHOLE else json.dumps(told.base) + extra
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(sorted([scheduler, told.pipeline]))}",
+        "",
+        'here = "."  # the folder of this card',
+        f"pipe = {told.pipeline}.from_pretrained({source}, dtype=torch.{told.dtype})",
+    ]
+    if form not in WHOLE:
+        lines.append(f'pipe.load_lora_weights(here, weight_name="{file}")')
+    lines += [
+        f'pipe.scheduler = {scheduler}.from_pretrained(f"{{here}}/scheduler")',
+        "image = pipe(",
+        f"    {json.dumps(told.prompts[0], ensure_ascii=False)},",
+        *(f"    {name}={value!r}," for name, value in told.arguments.items()),
+        "    generator=torch.manual_seed(0),",
+        ").images[0]",
+        'image.save("picture.png")',
+    ]
+    return "\n".join(lines)
+
+
+def notes(told: Serving) -> str:
+    """What somebody who uses it must know."""
+    guidance = told.call["guidance_scale"]
+    lines = ["Negative prompts have no effect: without classifier-free guidance nothing reads them."]
+    if guidance == 1 or told.lora:
+        lines.append("Leave `guidance_scale` at 1: guidance is distilled in, and more of it burns the picture.")
+    else:
+        lines.append(f"The network is told its guidance scale; {guidance:g} is what it was made for.")
+    if told.reseed:
+        lines.append(
+            "The scheduler draws new noise at every step, and this pipeline does not hand it the `generator`: "
+            "a picture is reproducible only through `torch.manual_seed`, which the snippet calls."
+        )
+    if told.lora:
+        low, high = told.lora["scale_range"]
+        lines.append(
+            f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} to "
+            f"{high:g} (`pipe.set_adapters(pipe.get_active_adapters(), [{high:g}])`)."
+        )
+    if Path(told.base).is_dir():
+        lines.append(f"The base model (`{told.model}`) is a folder of the machine that exported this; mend its path elsewhere.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def settings(told: Serving) -> str:
+    """A table of all numbers of steps: what differs from the saved scheduler, and the words of other programs."""
+    table = [["steps", "scheduler", "arguments of pipe(...)", "ComfyUI", "A1111"]]
+    for n, sampler in told.samplers.items():
+        other = told.at(n)
+        if sampler.scheduler == told.sampler.scheduler:
+            changed = {k: v for k, v in sampler.config.items() if told.sampler.config.get(k) != v}
+            kind = "as saved" if not changed else f"saved, with {_arguments(changed)}"
+        else:
+            kind = f"{sampler.scheduler}: see stepdistill.json"
+        words = [_words(sampler.comfyui), _words(sampler.a1111)]
+        table.append([f"**{n}**" if n == told.steps else str(n), kind, f"`{_arguments(other.arguments)}`", *words])
+    text = _table(table)
+    if any("saved, with" in row[1] for row in table):
+        name = told.sampler.scheduler
+        text += f"\n\n*saved, with x=y* is `{name}.from_pretrained(f\"{{here}}/scheduler\", x=y)`."
+    return text + "\n\n`-` means that no equivalent is known. All of it, for programs, is in `stepdistill.json`."
+
+
+def rows(result: Any) -> list[Mapping[str, Any]]:
+    """Every mapping with an `fd` or `alignment` inside a JSON value."""
+    if isinstance(result, Mapping):
+        if "fd" in result or "alignment" in result:
+            return [result]
+        return [row for value in result.values() for row in rows(value)]
+    return [row for value in result for row in rows(value)] if isinstance(result, list) else []
+
+
+def figures(found: Sequence[Mapping[str, Any]]) -> str:
+    """A table of evaluation results; of rows that differ in the solver alone, the one with the lowest FD."""
+    best: dict[tuple, Mapping[str, Any]] = {}
+    for row in found:
+        key = tuple(row.get(name) for name in ("who", "steps", "guidance", "n"))
+        if key not in best or row.get("fd", 0) < best[key].get("fd", 0):
+            best[key] = row
+    keys = [key for key in FIGURES if any(row.get(key) not in (None, "") for row in best.values())]
+    return _table([keys, *([_shown(row.get(key)) for key in keys] for row in best.values())])
+
+
+def newest_grid(folder: Path) -> Path | None:
+    """The last of a run's sample grids, if there are any."""
+    return max(folder.glob("*.png"), key=lambda file: (len(file.stem), file.stem), default=None)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, "|" + " --- |" * len(lines[0]), *body])
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def _words(values: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) if values else "-"
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,241 @@
+"""The command line. Torch and diffusers are imported only by the verbs that need them.
+
+Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, listing
+from .errors import Diverged, UserError
+from .sources import suggestion
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A wrong command line itself leaves through SystemExit(2)."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for a torchvision that nobody here needs
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)} (see: stepdistill {args.verb} --help)")
+    if rest:
+        args.overrides += rest  # overrides that came after an option
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(error, file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; each has an example of its use, and `run`, the function that does it."""
+    parser = argparse.ArgumentParser(
+        prog="stepdistill",
+        description="Distil a diffusers pipeline to a few steps, and export a LoRA that stock diffusers loads.",
+        epilog="first steps:\n  stepdistill train quickstart\n  stepdistill ls",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run, text: str, *examples: str) -> argparse.ArgumentParser:
+        example = "example:\n  " + "\n  ".join(examples)
+        raw = argparse.RawDescriptionHelpFormatter
+        made = verbs.add_parser(name, help=text, description=text, epilog=example, formatter_class=raw)
+        made.set_defaults(run=run)
+        return made
+
+    def takes_recipe(made: argparse.ArgumentParser) -> None:
+        made.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+        made.add_argument("overrides", metavar="key=value", nargs="*", help="a recipe key in dots, and its value")
+
+    made = verb(
+        "train",
+        train,
+        "Train a recipe; again: go on where it was stopped.",
+        "stepdistill train quickstart",
+        "stepdistill train my.yaml train.steps=2000 optim.student_lr=5e-5 --output runs/longer",
+    )
+    takes_recipe(made)
+    made.add_argument("--output", type=Path, metavar="DIR", help="the run folder; otherwise runs/NAME")
+    made.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the newest checkpoint (auto), move the old folder aside (never), or go on from a checkpoint",
+    )
+    made.add_argument("--dry-run", action="store_true", help="check the recipe, print it resolved, and stop")
+
+    made = verb(
+        "sample",
+        sample,
+        "Draw a picture.",
+        'stepdistill sample runs/quickstart --prompt "a large red circle on a plain background" --steps 2',
+    )
+    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
+    made.add_argument("--prompt", required=True, metavar="TEXT")
+    made.add_argument("--steps", type=positive, metavar="N", help="otherwise the number the student was made for")
+    made.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
+    made.add_argument("--out", type=Path, metavar="FILE", help="the picture to write")
+
+    made = verb("eval", eval_, "Measure a student beside its teacher.", "stepdistill eval runs/quickstart")
+    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
+
+    made = verb(
+        "export",
+        export,
+        "Write files that stock diffusers, ComfyUI and A1111 load, and check them by loading them back.",
+        "stepdistill export runs/quickstart --formats diffusers,kohya --out my-lora",
+    )
+    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder")
+    help = f"some of {','.join(FORMATS)}; otherwise all that fit"
+    made.add_argument("--formats", type=formats, metavar="LIST", help=help)
+    made.add_argument("--out", type=Path, metavar="DIR", help="otherwise RUN/export")
+
+    made = verb("validate", validate, "Check a recipe and what it names.", "stepdistill validate my.yaml lora.rank=32")
+    takes_recipe(made)
+
+    made = verb("ls", ls, "List what there is.", "stepdistill ls recipes", "stepdistill ls strategies")
+    made.add_argument("what", nargs="?", choices=tuple(listing.SHELVES), help="otherwise everything")
+
+    made = verb("cat", cat, "Print a recipe as it was written.", "stepdistill cat quickstart")
+    made.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+
+    made = verb("cp", cp, "Copy a recipe, to change it.", "stepdistill cp quickstart my.yaml")
+    made.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+    made.add_argument("dest", metavar="DEST", type=Path, help="a new file, or a folder")
+
+    made = verb("explain", explain, "Explain a strategy and every key that it has.", "stepdistill explain dmd2")
+    made.add_argument("strategy", metavar="STRATEGY", help="a name that `stepdistill ls strategies` lists")
+
+    verb("doctor", doctor, "Look at this machine and installation; says what to mend.", "stepdistill doctor")
+    return parser
+
+
+FORMATS = ("diffusers", "kohya", "fused")
+
+
+def formats(text: str) -> tuple[str, ...]:
+    """The names in a list like diffusers,kohya."""
+    chosen = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in chosen:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(f"unknown format {name}; there are {', '.join(FORMATS)}")
+    return chosen
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
+
+
+def train(args) -> None:
+    from .recipe import dump_recipe, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        print(dump_recipe(recipe), end="")
+        print(f"# would train {recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)}")
+        print(f"# into {args.output or Path('runs') / recipe.name}; nothing was written")
+        return
+    from .runs import train as start
+
+    start(recipe, args.output, args.resume)
+
+
+def _plan(recipe) -> str:
+    """Who would learn what, in words."""
+    how = f"LoRA of rank {recipe.lora.rank}" if recipe.lora else "full copies"
+    players = ", ".join(f"{who} ({' + '.join(names)})" for who, names in recipe.strategy.players(0).items())
+    return f"{players}, as {how} on {recipe.model.source}"
+
+
+def sample(args) -> None:
+    from .inference import sample_run
+
+    print(sample_run(args.folder, args.prompt, args.steps, args.seed, args.out))
+
+
+def eval_(args) -> None:
+    from .evaluate.table import evaluate_run
+
+    evaluate_run(args.folder)
+
+
+def export(args) -> None:
+    from .export import export_run
+
+    print(export_run(args.folder, args.formats, args.out))
+
+
+def validate(args) -> None:
+    from .recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    print(f"{args.recipe}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
+
+
+def ls(args) -> None:
+    for n, what in enumerate([args.what] if args.what else listing.SHELVES):
+        print("\n" * (n > 0) + f"{what}:")
+        rows = listing.SHELVES[what]()
+        width = max(map(len, rows), default=0)
+        print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items()) or "  none")
+
+
+def cat(args) -> None:
+    print(listing.find_recipe(args.recipe).read_text(encoding="utf-8"), end="")
+
+
+def cp(args) -> None:
+    source = listing.find_recipe(args.recipe)
+    target = args.dest / source.name if args.dest.is_dir() else args.dest
+    if target.exists():
+        raise UserError(f"{target} exists and is not overwritten; give another name")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
+    shutil.copyfile(source, target)
+    print(f"{target}: yours to change; then: stepdistill train {target}")
+
+
+def explain(args) -> None:
+    from .fields import described, fields_of
+    from .recipe import shown
+    from .strategies import STRATEGIES
+
+    if args.strategy not in STRATEGIES:
+        near = suggestion(args.strategy, STRATEGIES) or f"; there are {', '.join(STRATEGIES)}"
+        raise UserError(f"unknown strategy {args.strategy}{near}")
+    kind = STRATEGIES[args.strategy]
+    one = kind()
+    print(f"{args.strategy}: {listing.about(kind)}\n")
+    needs = ["prompts", *({"x0": "pictures"}.get(name, name) for name in sorted(one.needs))]
+    print(f"Needs, with the defaults below: {', '.join(needs)}.")
+    for who, names in one.players(0).items():
+        print(f"Trained: the {who}, which moves {', '.join(names)}.")
+    print(f"\nKeys under strategy: {{name: {args.strategy}, ...}}, with their defaults:")
+    for spec in fields_of(kind).values():
+        default = "required" if spec.default is dataclasses.MISSING else shown(spec.default)
+        rule = f"{described(spec.type)}{f', {spec.range}' if spec.range else ''}"
+        print(f"\n  {spec.name}: {default}\n      {spec.comment}\n      {rule}")
+
+
+def doctor(args) -> int:
+    from .doctor import examine
+
+    return examine()

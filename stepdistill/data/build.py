@@ -1,0 +1,103 @@
+"""Read what a recipe names, and encode it: text by the pipeline's encoders, pictures by its autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import distributed
+from ..families.base import Family
+from ..recipe import Recipe
+from ..sources import EMBEDDED_DATA, PICTURES
+from ..tiny.world import draw, scenes
+from .batches import Batches
+
+TINY_COUNT, TINY_SEED = 4096, 31  # drawings of the embedded world that students train on, unless data.count says else
+Report = Callable[[str, int, int], None]  # what, done, of how many
+
+
+def quiet(what: str, done: int, of: int) -> None:
+    """A Report that tells nobody."""
+
+
+def build_batches(recipe: Recipe, family: Family, report: Report = quiet) -> Batches:
+    """Everything encoded, in memory on the CPU. Pictures are read only if the strategy needs x0."""
+    data, train = recipe.data, recipe.train
+    side = data.resolution or family.resolution
+    x0 = None
+    if "x0" in recipe.strategy.needs:
+        prompts, pictures = captioned(data.images, data.count, side)
+        x0 = encode_pictures(family, pictures, len(prompts), report)
+    else:
+        prompts = read_prompts(data.prompts, data.count)
+    return Batches(
+        cond=encode_texts(family, prompts, report),
+        null=family.null_prompts(),
+        prompts=tuple(prompts),
+        x0=x0,
+        shape=family.latent_shape(side, side),
+        batch=train.batch,
+        parts=train.accumulate,
+        seed=train.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
+        device=distributed.device(),
+    )
+
+
+def read_prompts(source: str, count: int | None = None) -> list[str]:
+    """Prompts of a text file, one a line, or captions of the embedded world that its teachers saw."""
+    if source == EMBEDDED_DATA:
+        return [scene.caption for scene in scenes(count or TINY_COUNT, TINY_SEED, "seen")]
+    lines = Path(source).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()][:count]
+
+
+def captioned(source: str, count: int | None, side: int) -> tuple[list[str], Iterator[np.ndarray]]:
+    """Captions, and lazily, in chunks, their pictures uint8 [n, side, side, 3]."""
+    if source == EMBEDDED_DATA:
+        told = scenes(count or TINY_COUNT, TINY_SEED, "seen")
+        chunks = (draw(told[i : i + 64], TINY_SEED * 1_000_000 + i).images for i in range(0, len(told), 64))
+        return [scene.caption for scene in told], chunks
+    paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in PICTURES)[:count]
+    captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
+    return captions, (np.stack([read_picture(path, side) for path in paths[i : i + 8]]) for i in range(0, len(paths), 8))
+
+
+def read_picture(path: Path, side: int) -> np.ndarray:
+    """A picture as uint8 [side, side, 3]: the shorter edge resized to side (Lanczos), then the centre."""
+    with Image.open(path) as picture:
+        picture = picture.convert("RGB")
+        scale = side / min(picture.size)
+        width, height = (max(side, round(edge * scale)) for edge in picture.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        return np.asarray(picture.resize((width, height), Image.LANCZOS).crop((left, top, left + side, top + side)))
+
+
+@torch.no_grad()
+def encode_pictures(family: Family, pictures: Iterator[np.ndarray], total: int, report: Report) -> Tensor:
+    """Latents [N, ...] of uint8 pictures."""
+    latents, done = [], 0
+    for chunk in pictures:
+        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents.append(family.encode(pixels).cpu())
+        done += len(chunk)
+        report("pictures encoded", done, total)
+    return torch.cat(latents)
+
+
+def encode_texts(family: Family, prompts: list[str], report: Report = quiet, chunk: int = 64) -> dict[str, Tensor]:
+    """What the network needs of each prompt, [N, ...], on the CPU; equal prompts are encoded once."""
+    unique = list(dict.fromkeys(prompts))
+    parts = []
+    for i in range(0, len(unique), chunk):
+        parts.append({name: x.cpu() for name, x in family.encode_prompts(unique[i : i + chunk]).items()})
+        report("prompts encoded", min(i + chunk, len(unique)), len(unique))
+    place = {prompt: i for i, prompt in enumerate(unique)}
+    rows = torch.tensor([place[prompt] for prompt in prompts])
+    return {name: torch.cat([part[name] for part in parts])[rows] for name in parts[0]}

@@ -1,0 +1,56 @@
+"""Processes and devices, through accelerate: who am I, where do tensors live, means over all, the one door to backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+
+def device() -> torch.device:
+    """This process's device."""
+    return PartialState().device
+
+
+def rank() -> int:
+    return PartialState().process_index
+
+
+def world() -> int:
+    return PartialState().num_processes
+
+
+def backward(loss: Tensor, params: Iterable[nn.Parameter]) -> None:
+    """Accumulate the gradient of loss into params alone: nothing leaks into whoever else took part."""
+    loss.backward(inputs=list(params))
+
+
+@torch.no_grad()
+def mean_gradients(params: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over processes, in one all-reduce."""
+    if world() == 1:
+        return
+    grads = [p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= world()
+    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(part.view_as(g))
+
+
+@torch.no_grad()
+def mean(x: Tensor) -> Tensor:
+    """Mean of a tensor over processes."""
+    if world() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world()
+
+
+def wait() -> None:
+    """Until every process is here."""
+    PartialState().wait_for_everyone()

@@ -1,0 +1,28 @@
+"""The two errors that a caller is expected to handle. Everything else that is raised is a fault of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """The user's mistake, told in one line or one list without a traceback; the command line exits with 2."""
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient of training is not finite; the command line exits with 3.
+
+    player: who was being trained; tensor: the loss or parameter that is not finite; step: the iteration;
+    checkpoint: the last good state, or None if none was saved.
+    """
+
+    def __init__(self, player: str, tensor: str, step: int, checkpoint: Path | None = None):
+        super().__init__(player, tensor, step)
+        self.player, self.tensor, self.step, self.checkpoint = player, tensor, step, checkpoint
+
+    def __str__(self) -> str:
+        saved = f"the last good state is {self.checkpoint}" if self.checkpoint else "no checkpoint had been saved"
+        return (
+            f"training diverged at step {self.step}: {self.tensor} of player {self.player} is not finite; {saved}. "
+            f"Lower optim.student_lr or optim.critic_lr, or lengthen optim.warmup, and start again with --resume never."
+        )

@@ -1,0 +1,104 @@
+"""Sample grids: fixed prompts, fixed noise, the teacher's rows beside the student's, with labels."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..assemble import Distillation
+from ..data.build import read_prompts
+from ..sampling import Inference, trailing
+from ..show import Line
+from .walks import Walk, sampler, student_walk
+
+COLUMNS, CELL, MARGIN, HEAD = 8, 128, 150, 64  # pictures a row; pixels: a picture's side, of row labels, of prompts
+
+
+class Samples:
+    """Writes folder/<step>.png; the teacher's rows are made once."""
+
+    def __init__(self, distillation: Distillation, folder: Path, line: Line):
+        self.distillation, self.folder, self.line = distillation, folder, line
+        recipe = distillation.recipe
+        self.prompts = list(recipe.eval.prompts or spread(read_prompts(recipe.data.prompts, 64), COLUMNS))
+        self.scale = teacher_scale(distillation)
+        self.teacher: dict[int, np.ndarray] = {}
+        self.last: np.ndarray | None = None
+
+    def __call__(self, step: int) -> Path:
+        """One grid: the teacher at 25 steps, then at each number of steps the teacher above the student."""
+        distillation, rows = self.distillation, []
+        for n in (25, *distillation.recipe.eval.steps):
+            if n not in self.teacher:
+                self.teacher[n] = self.pictures(self.teacher_walk(n))
+            calls = n * (1 if self.scale == 1 else 2)
+            rows.append((f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations", self.teacher[n]))
+            if n in distillation.recipe.eval.steps:
+                made = self.pictures(student_walk(distillation, distillation.inference(n)))
+                rows.append((f"student\n{plural(n)}\nafter {step} updates", made))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{step:06d}.png"
+        draw_grid(rows, self.prompts).save(path)
+        self.warn_if_inert(step)
+        return path
+
+    def pictures(self, walk: Walk) -> np.ndarray:
+        return sampler(self.distillation, walk, self.distillation.recipe.eval.seed)(self.prompts, 0)
+
+    def teacher_walk(self, n: int) -> Walk:
+        """First-order steps of the guided teacher."""
+        hops = trailing(self.distillation.roles.schedule.grid(n), "teacher", self.scale)
+        return student_walk(self.distillation, Inference(hops, renoise=False))
+
+    @torch.no_grad()
+    def warn_if_inert(self, step: int) -> None:
+        """Say so if the trained student still predicts exactly what the teacher does."""
+        roles = self.distillation.students()
+        cond = self.distillation.family.encode_prompts(self.prompts[:1])
+        side = self.distillation.recipe.data.resolution or self.distillation.family.resolution
+        x = torch.ones(1, *self.distillation.family.latent_shape(side, side), device=roles.teacher.net.device)
+        t = x.new_full([1], 0.5)
+        name = next(name for name in roles if name.startswith("student"))
+        if step and torch.equal(roles[name](x, t, cond).x0, roles.teacher(x, t, cond).x0):
+            self.line.say(
+                f"warning: after {step} steps the student still equals the teacher; is its learning rate too low?"
+            )
+
+
+def teacher_scale(distillation: Distillation) -> float:
+    """The guidance scale of the teacher's rows: what the strategy distils (the middle, if it is a range)."""
+    scale = getattr(distillation.strategy, "guidance", 1.0)
+    return scale if isinstance(scale, float | int) else round(sum(scale) / len(scale), 3)
+
+
+def spread(items: list[str], n: int) -> list[str]:
+    """n items at equal distances."""
+    return [items[i * len(items) // n] for i in range(min(n, len(items)))]
+
+
+def plural(n: int) -> str:
+    return f"{n} step" + "s" * (n != 1)
+
+
+def draw_grid(rows: list[tuple[str, np.ndarray]], prompts: list[str]) -> Image.Image:
+    """Rows of (label, uint8 pictures [N, H, W, 3]) under their prompts."""
+    font = ImageFont.load_default(13)
+    small = ImageFont.load_default(11)
+    grid = Image.new("RGB", (MARGIN + CELL * len(prompts), HEAD + CELL * len(rows)), "white")
+    pen = ImageDraw.Draw(grid)
+    for k, prompt in enumerate(prompts):
+        lines = textwrap.wrap(prompt, 22)
+        text = "\n".join(lines[:4]) + (" ..." if len(lines) > 4 else "")
+        pen.multiline_text((MARGIN + CELL * k + 5, 4), text, "black", small, spacing=2)
+    for r, (label, pictures) in enumerate(rows):
+        pen.multiline_text((8, HEAD + CELL * r + CELL // 2 - 26), label, "black", font, spacing=4)
+        for k, picture in enumerate(pictures):
+            cell = Image.fromarray(picture).resize(
+                (CELL - 4, CELL - 4), Image.NEAREST if len(picture) < CELL else Image.LANCZOS
+            )
+            grid.paste(cell, (MARGIN + CELL * k + 2, HEAD + CELL * r + 2))
+    return grid

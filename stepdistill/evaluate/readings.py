@@ -1,0 +1,136 @@
+"""Figures from what the judge read: alignment with captions, and diversity among pictures of one caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+from typing import NamedTuple
+
+import numpy as np
+
+from ..tiny.judge import Found, Reading
+from ..tiny.world import RELATIONS, Scene, Thing
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Means over captions: all, of 1, 2, 3 objects, of seen and held-out combinations; None where none is."""
+
+    alignment: float | None  # share of stated attributes read right
+    alignment_1: float | None
+    alignment_2: float | None
+    alignment_3: float | None
+    alignment_seen: float | None
+    alignment_held: float | None
+    whole: float | None  # share of captions with everything right and no object too many
+    whole_1: float | None
+    whole_2: float | None
+    whole_3: float | None
+    whole_seen: float | None
+    whole_held: float | None
+
+
+class Diversity(NamedTuple):
+    """Spread relative to drawings: 1 is as diverse as drawings, 0 is one picture. None: too little could be read."""
+
+    mean: float | None  # of the three below
+    position: float | None
+    size: float | None
+    shade: float | None
+
+
+def match(scene: Scene, reading: Reading) -> tuple[Found | None, ...]:
+    """For each stated thing the found one that it is, None if missing.
+
+    Of all assignments the one with most sizes, colours and shapes right; among equals, one in which the relation holds.
+    """
+    found = (*reading.things, *(None for _ in range(len(scene.things) - len(reading.things))))
+    return max(
+        permutations(found, len(scene.things)),
+        key=lambda chosen: (
+            sum(_right(thing, one) for thing, one in zip(scene.things, chosen, strict=True)),
+            _related(scene, chosen),
+        ),
+    )
+
+
+def _right(thing: Thing, found: Found | None) -> int:
+    """How many of the three attributes of a thing were found: 0 to 3."""
+    return 0 if found is None else sum(a == b for a, b in zip(thing, found, strict=False))
+
+
+def _related(scene: Scene, chosen: Sequence[Found | None]) -> bool:
+    """Whether all are there and each neighbouring pair lies in the relation's direction, farther along than across."""
+    if scene.relation is None or None in chosen:
+        return False
+    axis, direction = RELATIONS[scene.relation]
+    steps = [(b.x - a.x, b.y - a.y) for a, b in pairwise(chosen)]
+    return all(direction * step[axis] > abs(step[1 - axis]) for step in steps)
+
+
+def score(scene: Scene, reading: Reading) -> tuple[float, bool]:
+    """(share of stated attributes read right, whether all are and no other object is there).
+
+    Stated are size, colour and shape of each thing, the relation if there is one, and the background.
+    """
+    chosen = match(scene, reading)
+    right = sum(_right(thing, one) for thing, one in zip(scene.things, chosen, strict=True))
+    right += _related(scene, chosen) + (reading.background == scene.background)
+    stated = 3 * len(scene.things) + (scene.relation is not None) + 1
+    return right / stated, right == stated and len(reading.things) == len(scene.things)
+
+
+def alignment(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Alignment:
+    """How well pictures show what their captions state; reading i is of a picture of scene i."""
+    scores = [score(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
+    kinds = {"": [True] * len(scenes)}
+    kinds |= {f"_{count}": [len(scene.things) == count for scene in scenes] for count in (1, 2, 3)}
+    kinds |= {"_seen": [not scene.held_out for scene in scenes], "_held": [scene.held_out for scene in scenes]}
+
+    def mean(column: int, kind: list[bool]) -> float | None:
+        values = [one[column] for one, is_kind in zip(scores, kind, strict=True) if is_kind]
+        return float(np.mean(values)) if values else None
+
+    names = enumerate(("alignment", "whole"))
+    return Alignment(**{name + suffix: mean(k, kind) for k, name in names for suffix, kind in kinds.items()})
+
+
+def variances(scene: Scene, readings: Sequence[Reading]) -> np.ndarray:
+    """Variance of position, radius and shade of each thing among pictures of one caption, summed over x, y and r, g, b.
+
+    A picture counts for a thing only if the thing was read right, so that no mistake passes for diversity.
+
+    Returns:
+        [3, 4] for up to three things: three variances and how many pictures they are from; NaN below two pictures.
+    """
+    table = np.full((3, 4), np.nan)
+    table[:, 3] = 0
+    chosen = [match(scene, reading) for reading in readings]
+    for k, thing in enumerate(scene.things):
+        right = [found[k] for found in chosen if _right(thing, found[k]) == 3]
+        table[k, 3] = len(right)
+        if len(right) > 1:
+            values = np.array([(one.x, one.y, one.radius, *one.rgb) for one in right])  # [pictures, 6]
+            x, y, radius, *rgb = values.var(0, ddof=1)
+            table[k, :3] = x + y, radius, sum(rgb)
+    return table
+
+
+def diversity(scenes: Sequence[Scene], groups: Sequence[Sequence[Reading]], drawings: np.ndarray) -> Diversity:
+    """Spread among pictures of one caption, relative to drawings of the same captions.
+
+    Variances are divided by the drawings' own, thing by thing, and averaged with the weight (pictures - 1); the root of
+    that is a ratio of spreads.
+
+    Args:
+        groups: groups[i] are the readings of pictures of scenes[i].
+        drawings: [len(scenes), 3, 4], `variances` of many drawings of each scene.
+    """
+    table = np.array([variances(scene, group) for scene, group in zip(scenes, groups, strict=True)])  # [C, 3, 4]
+    use = (table[..., 3] > 1) & (drawings[..., 3] > 1)
+    if not use.any():
+        return Diversity(None, None, None, None)
+    ratios = table[use][:, :3] / drawings[use][:, :3]
+    spread = np.sqrt(np.average(ratios, axis=0, weights=table[use][:, 3] - 1)).tolist()
+    return Diversity(float(np.mean(spread)), *spread)

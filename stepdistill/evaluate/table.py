@@ -1,0 +1,139 @@
+"""The table at the end of a run: the teacher with stock solvers, guided and not, against the student."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from .. import __version__
+from ..assemble import Distillation, restore
+from ..show import Line
+from ..sources import EMBEDDED_DATA
+from .grid import teacher_scale
+from .tiny import evaluate_tiny, floor
+from .walks import SOLVERS, Walk, sampler, student_walk, teacher_walk
+
+TEACHER_STEPS = (25, 4, 2, 1)
+Row = dict[str, Any]  # who, steps, nfe, guidance, solver, ms, and the fields of evaluate.tiny.Result
+
+
+def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
+    """Measure the student, and the teacher unless its figures ship with the package; print and write folder/table.json."""
+    recipe = distillation.recipe
+    if recipe.data.prompts != EMBEDDED_DATA:
+        line.say(f"no table: figures are measured on the embedded world (data.prompts: {EMBEDDED_DATA}) only")
+        return []
+    from .teachers import shipped
+
+    rows = shipped(recipe.model.source, recipe.eval.n)
+    if rows is None:
+        line.say("the teacher's figures do not ship for this model: measuring them (25 steps take the most)")
+        rows = teacher_rows(distillation, teacher_scale(distillation), recipe.eval.n, line)
+    for n in sorted(set(recipe.eval.steps), reverse=True):
+        walk = student_walk(distillation, distillation.inference(n))
+        rows.append(
+            measure(distillation, walk, f"student {n}", line, who="student", steps=n, nfe=n, guidance=1.0, solver="")
+        )
+    best = best_rows(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.json").write_text(json.dumps({"rows": rows, "provenance": provenance(distillation)}, indent=1))
+    line.say(render(best, floor(recipe.eval.n)[0]))
+    return rows
+
+
+def evaluate_run(run: Path) -> list[Row]:
+    """`stepdistill eval RUN`: the table of a run's newest checkpoint.
+
+    Raises:
+        UserError: the folder is no run, or has no checkpoint.
+    """
+    return evaluate(restore(run), run / "eval", Line())
+
+
+def teacher_rows(distillation: Distillation, scale: float, n: int, line: Line) -> list[Row]:
+    """The teacher at 25, 4, 2 and 1 steps with each solver, guided at scale and unguided."""
+    rows = []
+    for steps in TEACHER_STEPS:
+        for guidance in dict.fromkeys((scale, 1.0)):
+            for solver in SOLVERS:
+                walk = teacher_walk(distillation, solver, steps, guidance)
+                nfe = steps if guidance == 1 else 2 * steps
+                label = f"teacher {steps}, guided {guidance:g}, {solver}"
+                about = {"who": "teacher", "steps": steps, "nfe": nfe, "guidance": guidance, "solver": solver}
+                rows.append(measure(distillation, walk, label, line, n=n, **about))
+    return rows
+
+
+def measure(distillation: Distillation, walk: Walk, label: str, line: Line, n: int | None = None, **about: Any) -> Row:
+    """One row: sample, judge, and the milliseconds that a picture took (batch of eval.batch, decoding included)."""
+    recipe, spent = distillation.recipe, []
+    pictures = sampler(distillation, walk, recipe.eval.seed, recipe.eval.batch)
+
+    def timed(captions: list[str], first: int) -> np.ndarray:
+        began = time.perf_counter()
+        images = pictures(captions, first)
+        spent.append((time.perf_counter() - began) / len(captions))
+        return images
+
+    result = evaluate_tiny(
+        timed,
+        n or recipe.eval.n,
+        progress=lambda done, of: line.report(f"evaluating: {label}", done, of),
+        batch=recipe.eval.batch,
+    )
+    return {**about, "ms": 1000 * float(np.median(spent)), **result.to_dict()}
+
+
+def best_rows(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that differ in the solver alone, the one with the lowest FD."""
+    best: dict[tuple, Row] = {}
+    for row in rows:
+        key = (row["who"], row["steps"], row["guidance"])
+        if key not in best or row["fd"] < best[key]["fd"]:
+            best[key] = row
+    return list(best.values())
+
+
+def render(rows: list[Row], least: float) -> str:
+    """The table as text."""
+    head = (
+        f"{'':<22}{'evaluations':>12}{'FD':>9}{'95 % interval':>20}{'alignment':>11}{'diversity':>11}{'ms/image':>10}"
+    )
+    lines = ["", head, "-" * len(head)]
+    for row in rows:
+        name = f"{row['who']} {row['steps']} step" + "s" * (row["steps"] != 1)
+        name += "" if row["who"] == "student" else f", w={row['guidance']:g}" if row["guidance"] != 1 else ", unguided"
+        span = f"{row['fd_low']:.2f} .. {row['fd_high']:.2f}"
+        spread = "-" if row["diversity"] is None else f"{row['diversity']:.2f}"
+        lines.append(
+            f"{name:<22}{row['nfe']:>12}{row['fd']:>9.2f}{span:>20}{row['alignment']:>10.1%}{spread:>12}{row['ms']:>10.1f}"
+            + (f"  {row['solver']}" if row["solver"] else "")
+        )
+    lines += [
+        "-" * len(head),
+        f"FD: Frechet distance to drawings of the same captions; {least:.2f} is the floor (other drawings). Lower is better.",
+        "Evaluations: network calls a picture; guidance counts twice. The teacher's rows show its best solver.",
+        "Alignment: share of what the captions state that a judge reads in the pictures. Diversity: 1 is the drawings'.",
+    ]
+    return "\n".join(lines)
+
+
+def provenance(distillation: Distillation) -> dict[str, Any]:
+    """What a figure depends on besides the weights."""
+    return {
+        "stepdistill": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "machine": f"{platform.machine()} {distillation.roles.teacher.net.device.type}, {torch.get_num_threads()} threads",
+        "model": distillation.recipe.model.source,
+        "noise": f"by picture index, seed {distillation.recipe.eval.seed}",
+        "reference": "10,000 drawings, features of the embedded judge",
+    }

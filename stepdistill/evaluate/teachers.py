@@ -1,0 +1,53 @@
+"""The embedded teachers' own figures, which ship so that nobody has to wait for them.
+
+    python -m stepdistill.evaluate.teachers stepdistill/tiny-sd --guidance 3
+
+measures them anew and writes `stepdistill/tiny/<teacher>/figures.json`, keyed by the hash of the teacher's files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+from ..assemble import assemble
+from ..recipe import load_recipe
+from ..show import Line
+from ..sources import embedded_models
+from .table import Row, best_rows, provenance, render, teacher_rows
+from .tiny import floor
+
+
+def key(folder: Path) -> str:
+    """Changes when any file of the teacher does."""
+    return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()
+
+
+def shipped(source: str, n: int) -> list[Row] | None:
+    """The figures of an embedded teacher over n pictures; None if there are none for these weights and this n."""
+    folder = embedded_models().get(source)
+    path = folder and folder / "figures.json"
+    if not path or not path.is_file():
+        return None
+    figures = json.loads(path.read_text())
+    return figures["rows"] if figures["key"] == key(folder) and figures["n"] == n else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", choices=tuple(embedded_models()))
+    parser.add_argument("--guidance", type=float, required=True, help="the scale of the guided rows")
+    parser.add_argument("--n", type=int, default=2048)
+    options = parser.parse_args()
+    teacher = assemble(load_recipe("quickstart", [f"model.source={options.source}"]))
+    rows = teacher_rows(teacher, options.guidance, options.n, Line())
+    folder = embedded_models()[options.source]
+    made = {"key": key(folder), "n": options.n, "rows": rows, "provenance": provenance(teacher)}
+    (folder / "figures.json").write_text(json.dumps(made, indent=1))
+    print(render(best_rows(rows), floor(options.n)[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""From a trained student to files that stock diffusers, ComfyUI and A1111 load, and the proof that they are the student.
+
+    export/pytorch_lora_weights.safetensors   diffusers: prefixed PEFT keys, float32, alpha equal to rank
+           <name>_kohya.safetensors           ComfyUI, A1111, Forge, sd-scripts (families that need it)
+           fused/ or pipeline/                a whole pipeline: the LoRA merged, or (lora: null) the trained copy
+           scheduler/scheduler_config.json
+           stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .assemble import Distillation, restore
+from .card import card, newest_grid
+from .checkpoint import sync
+from .errors import UserError
+from .families.load import load_pipeline_folder, quiet
+from .inference import SIDECAR, Serving, open_export, read_export, serving
+from .lora_files import NAME, kohya_header, kohya_state, peft_state
+from .sampling import sample
+
+FORMATS = ("diffusers", "kohya", "fused")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05}  # largest difference of latents, by the base's dtype
+
+
+class ExportMismatch(RuntimeError):
+    """Written files that do not give the trainer's samples: a fault of ours, or of the installed diffusers or peft."""
+
+
+def export_run(run: Path, formats: Sequence[str] | None = None, out: Path | None = None) -> Path:
+    """Export a run as its newest checkpoint has it; returns the folder (`out`, otherwise run/export).
+
+    Raises:
+        UserError: no run, no checkpoint, a format that does not fit, or an `out` that holds something else.
+        ExportMismatch: see `check_export`.
+    """
+    out = out or run / "export"
+    print(write_export(restore(run), out, formats, run))
+    return out
+
+
+def write_export(
+    distillation: Distillation, out: Path, formats: Sequence[str] | None = None, run: Path | None = None
+) -> str:
+    """Write the export beside `out`, check it, and only then put it in the place of an older one; returns the finding.
+
+    Args:
+        formats: of FORMATS; None: all LoRA files that the family has, or the whole pipeline where the whole net was trained.
+        run: whose figures and sample grid the card shows; None: the run folder that `out` lies in, if it does.
+
+    Raises:
+        UserError: a format that does not fit, or `out` holds something that is not an export.
+        ExportMismatch: see `check_export`.
+    """
+    told = serving(distillation)
+    told = dataclasses.replace(told, files=names(distillation, formats))
+    if out.exists() and not (out / SIDECAR).is_file() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an export; give a new folder with --out")
+    tmp, old = (out.with_name(f".{out.name}.{word}") for word in ("tmp", "old"))
+    for folder in (tmp, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        for form, file in told.files.items():
+            WRITERS[form](distillation, told, tmp / file)
+        told.build_scheduler().save_pretrained(tmp / "scheduler")
+        (tmp / SIDECAR).write_text(told.to_json(), encoding="utf-8")
+        write_card(tmp, run or out.parent)
+        finding = check_export(distillation, tmp)
+        for file in tmp.rglob("*"):
+            sync(file)
+        if out.exists():
+            out.rename(old)
+        tmp.rename(out)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return finding
+
+
+def names(distillation: Distillation, formats: Sequence[str] | None) -> dict[str, str]:
+    """The files to write, format to name, the one that a snippet should load first.
+
+    Raises:
+        UserError: a format that this student or family has not.
+    """
+    recipe, family = distillation.recipe, distillation.family
+    files = {"diffusers": NAME, "kohya": f"{recipe.name}_kohya.safetensors", "fused": "fused"}
+    if recipe.lora is None:
+        for form in set(formats or ()) - {"diffusers"}:
+            raise UserError(f"format {form} needs a LoRA, but lora is null: the whole pipeline is exported; leave it out")
+        return {"pipeline": "pipeline"}
+    fits = [form for form in FORMATS if form != "kohya" or family.kohya_prefix]
+    for form in formats or ():
+        if form not in fits:
+            why = f"{family.pipeline} has no kohya file" if form in FORMATS else "there is no such format"
+            raise UserError(f"format {form}: {why}; choose from {', '.join(fits)}")
+    wanted = formats or [form for form in fits if form != "fused"]
+    return {form: files[form] for form in fits if form in wanted}
+
+
+def write_lora(distillation: Distillation, told: Serving, file: Path) -> None:
+    header = {"format": "pt", "stepdistill.inference": told.to_json()}
+    save_file(student_state(distillation), file, header)
+
+
+def write_kohya(distillation: Distillation, told: Serving, file: Path) -> None:
+    family = distillation.family
+    state = kohya_state(student_weights(distillation), family.kohya_prefix, told.lora["alpha"])
+    save_file(state, file, kohya_header(state, told, family.net.config.cross_attention_dim, family.kind))
+
+
+def write_fused(distillation: Distillation, told: Serving, folder: Path) -> None:
+    with quiet():
+        pipe = load_pipeline_folder(told.model, getattr(torch, told.dtype), told.revision, told.variant)
+        pipe.load_lora_weights(student_state(distillation))
+        pipe.fuse_lora(components=[distillation.family.net_name])
+        pipe.unload_lora_weights()
+        pipe.scheduler = told.build_scheduler()
+        pipe.save_pretrained(folder, safe_serialization=True)
+
+
+def write_pipeline(distillation: Distillation, told: Serving, folder: Path) -> None:
+    """The trained copy is float32 and stays so; whoever loads it chooses the type."""
+    family = distillation.family
+    pipe = copy.copy(family.pipe)  # shares its parts; what is registered below, only the copy has
+    net = distillation.students().student.net
+    with quiet():
+        pipe.register_modules(**{family.net_name: net, "scheduler": told.build_scheduler()})
+        pipe.save_pretrained(folder, safe_serialization=True)
+
+
+Writer = Callable[[Distillation, Serving, Path], None]
+WRITERS: dict[str, Writer] = {
+    "diffusers": write_lora,
+    "kohya": write_kohya,
+    "fused": write_fused,
+    "pipeline": write_pipeline,
+}
+
+
+def student_weights(distillation: Distillation) -> dict[str, Tensor]:
+    """The student's LoRA (of its average, if it has one), by name in the network."""
+    return dict(distillation.students().student.named_parameters())
+
+
+def student_state(distillation: Distillation) -> dict[str, Tensor]:
+    return peft_state(student_weights(distillation), distillation.family.net_name)
+
+
+def write_card(out: Path, run: Path | None = None) -> None:
+    """(Re)write an export's README.md; with the figures in run/eval and the newest grid in run/samples, if run is a run."""
+    results = []
+    if run is not None and (run / "recipe.yaml").is_file():
+        results = [json.loads(file.read_text()) for file in sorted((run / "eval").glob("*.json"))]
+        if grid := newest_grid(run / "samples"):
+            shutil.copyfile(grid, out / "samples.png")
+    picture = "samples.png" if (out / "samples.png").is_file() else None
+    (out / "README.md").write_text(card(read_export(out), results, picture), encoding="utf-8")
+
+
+@torch.no_grad()
+def check_export(distillation: Distillation, out: Path) -> str:
+    """Load every file of an export into a fresh stock pipeline, and sample what the trainer samples; returns one line.
+
+    Two prompts, the same initial noise, and the same noise at every step, compared as latents.
+
+    Raises:
+        ExportMismatch: the largest difference exceeds TOLERANCE.
+    """
+    told, worst = read_export(out), 0.0
+    shape = (len(told.prompts), *distillation.family.latent_shape(told.resolution, told.resolution))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours = trainers_latents(distillation, told, noise)
+    for form, file in told.files.items():
+        theirs = stock_latents(open_export(out, told, form), told, noise)
+        off = (theirs - ours).abs().max().item()
+        if not off <= TOLERANCE[told.dtype]:
+            why = "; ".join(differences(distillation, told, out)) or "the files hold what they should"
+            raise ExportMismatch(
+                f"{out / file} in a stock {told.pipeline} does not give the trainer's samples: latents differ by {off:.2g}, "
+                f"allowed is {TOLERANCE[told.dtype]:g}. {why}. Versions: {told.versions}"
+            )
+        worst = max(worst, off)
+    return f"checked: {', '.join(told.files.values())} in stock diffusers gives the trainer's latents to {worst:.1e}"
+
+
+SEED = 1  # of the noise between steps
+
+
+def trainers_latents(distillation: Distillation, told: Serving, noise: Tensor) -> Tensor:
+    """What the student makes of noise [B, ...], with the draws that `stock_latents` meets."""
+    roles, family = distillation.students(), distillation.family
+    roles = roles.swap(student=dataclasses.replace(roles.student, precision=None))  # a stock pipeline has no autocast
+    device, dtype = family.pipe.device, getattr(torch, told.dtype)
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw(x: Tensor) -> Tensor:
+        if told.reseed:
+            return torch.randn(x.shape, device=device)
+        return torch.randn(x.shape, generator=generator, dtype=dtype).to(x)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        cond = family.encode_prompts(list(told.prompts))
+        return sample(roles, distillation.inference(), noise.to(device, dtype).float(), cond, draw).cpu().float()
+
+
+def stock_latents(pipe: diffusers.DiffusionPipeline, told: Serving, noise: Tensor) -> Tensor:
+    """What a stock pipeline makes of noise [B, ...]."""
+    pipe.set_progress_bar_config(disable=True)
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(SEED)
+        latents, generator = noise.to(pipe.device, getattr(torch, told.dtype)), torch.Generator().manual_seed(SEED)
+        made = pipe(list(told.prompts), latents=latents, generator=generator, output_type="latent", **told.arguments)
+    return made.images.cpu().float()
+
+
+def differences(distillation: Distillation, told: Serving, out: Path) -> Iterator[str]:
+    """What an export holds that it should not, in words."""
+    wanted = serving(distillation).sampler.config
+    written = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    if keys := [key for key, value in wanted.items() if written.get(key) != value]:
+        yield f"scheduler_config.json differs in {', '.join(keys)}"
+    if "diffusers" in told.files:
+        there, state = load_file(out / told.files["diffusers"]), student_state(distillation)
+        if keys := sorted(k for k in {*there, *state} if k not in there or k not in state or not there[k].equal(state[k])):
+            yield f"{len(keys)} of {len(state)} LoRA tensors differ, the first is {keys[0]}"

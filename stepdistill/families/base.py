@@ -1,0 +1,117 @@
+"""What a pipeline family is: how prompts, latents and one network call look in its pipeline. All else is shared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import Kind
+from ..schedules import RectifiedFlow, Schedule, VariancePreserving
+
+
+class Family(ABC):
+    """One diffusers pipeline, seen as the few things that training needs of it. Latents keep the pipeline's own form.
+
+    Subclasses give `pipeline`, `encode_prompts`, `forward`, and override what differs for them.
+    """
+
+    pipeline: ClassVar[str]  # name of the diffusers class
+    net_name: ClassVar[str] = "transformer"  # attribute of the pipeline that is distilled; also the LoRA key prefix
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    kohya_prefix: ClassVar[str | None] = None  # of modules in kohya's LoRA files; None: the family has no such file
+    sampler_guidance: ClassVar[float] = 1.0  # pipeline argument that means "no classifier-free guidance"
+
+    def __init__(self, pipe: Any):
+        """pipe: a loaded pipeline; its network, autoencoder and text encoders are used as they are."""
+        self.pipe = pipe
+        self.net: nn.Module = getattr(pipe, self.net_name)
+        self.schedule = read_schedule(pipe.scheduler)
+        self.kind = read_kind(pipe.scheduler)
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What `forward` needs of N prompts, each tensor [N, ...]."""
+
+    @abstractmethod
+    def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """The raw output [B, ...] of net for x_t [B, ...] at times t [B] in [0, 1]."""
+
+    def null_prompts(self) -> dict[str, Tensor] | None:
+        """The unconditional input, each tensor [1, ...]; None if the teacher's guidance is distilled."""
+        return self.encode_prompts([""])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> latents (the posterior's mean), normalized as the network sees them."""
+        vae = self.pipe.vae
+        z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
+        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pixels [B, 3, H, W], nominally in [-1, 1], differentiable."""
+        vae = self.pipe.vae
+        z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return vae.decode(z, return_dict=False)[0].float()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one sample's latents for a picture of that many pixels."""
+        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        return (self.net.config.in_channels, height // factor, width // factor)
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels that the network was made for."""
+        return self.net.config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+
+    @abstractmethod
+    def feature_block(self, net: nn.Module) -> nn.Module:
+        """The block whose output a discriminator reads."""
+
+    @abstractmethod
+    def feature_tokens(self, out: Any) -> Tensor:
+        """That block's output as tokens [B, L, C]."""
+
+    @abstractmethod
+    def feature_width(self, net: nn.Module) -> int:
+        """C of those tokens."""
+
+    def add_guidance_embedding(self, net: nn.Module) -> None:
+        """Give a whole copy an input for the guidance scale, of no effect until it is trained.
+
+        Raises:
+            ValueError: this pipeline's stock network has no such input.
+        """
+        raise ValueError(
+            f"{self.pipeline} cannot embed a guidance scale in its network; set strategy.embed_guidance to false"
+        )
+
+
+def read_kind(scheduler: Any) -> Kind:
+    """What the network predicts, as the pipeline's scheduler reads it.
+
+    Raises:
+        ValueError: a prediction type that no family here knows.
+    """
+    if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
+        return "flow"
+    kinds: dict[str, Kind] = {
+        "epsilon": "eps",
+        "v_prediction": "v",
+        "sample": "x0",
+        "flow_prediction": "flow",
+    }
+    name = scheduler.config.get("prediction_type", "epsilon")
+    if name not in kinds:
+        raise ValueError(f"scheduler prediction_type {name!r} is not one of {', '.join(kinds)}")
+    return kinds[name]
+
+
+def read_schedule(scheduler: Any) -> Schedule:
+    """The noise schedule of a pipeline's scheduler: rectified flow with its shift, or its DDPM table."""
+    if read_kind(scheduler) == "flow":
+        config = scheduler.config
+        return RectifiedFlow(shift=config.get("shift") or config.get("flow_shift") or 1.0)
+    return VariancePreserving.from_alphas_cumprod(scheduler.alphas_cumprod)

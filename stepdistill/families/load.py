@@ -1,0 +1,65 @@
+"""From a recipe's model source to a family: embedded teacher, folder, or hub id; safetensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from diffusers import DiffusionPipeline
+
+from ..errors import UserError
+from ..sources import embedded_models
+from . import FAMILIES
+from .base import Family
+
+
+def load_pipeline_folder(
+    source: str, dtype: torch.dtype = torch.float32, revision: str | None = None, variant: str | None = None
+) -> DiffusionPipeline:
+    """A stock pipeline in evaluation mode, from safetensors files only."""
+    folder = embedded_models().get(source, source)
+    with quiet():
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, revision=revision, variant=variant, use_safetensors=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what diffusers and transformers say while they load: bars of milliseconds, notes on torchvision."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, (verbosity, bar) in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            if bar:
+                logger.enable_progress_bar()
+
+
+def load_family(
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Family:
+    """The family of the pipeline at source.
+
+    Raises:
+        UserError: no family is written for its class.
+    """
+    pipe = load_pipeline_folder(source, dtype, revision, variant).to(device)
+    name = type(pipe).__name__
+    if name not in FAMILIES:
+        raise UserError(f"{source}: a {name} is not among the pipelines supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name](pipe)

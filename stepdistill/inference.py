@@ -1,0 +1,238 @@
+"""How a student must be sampled with its stock pipeline: one object, `Serving`, behind the export, its card and its check.
+
+It is also what `stepdistill.json`, the sidecar of an export, holds; so an export can be opened and sampled from its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from . import __version__, distributed
+from .assemble import Distillation
+from .data.build import read_prompts
+from .errors import UserError
+from .families.load import load_pipeline_folder, quiet
+from .recipe import dump_recipe, strategy_name
+from .samplers import Sampler, find_sampler
+from .sources import embedded_models
+
+SIDECAR = "stepdistill.json"
+FORMAT = 1  # of the sidecar; a change that old code cannot read raises it
+STEPS = (1, 2, 4, 8)  # numbers of steps that are tried besides those that a recipe names
+WHOLE = ("pipeline", "fused")  # files that are whole pipeline folders; the others are LoRA files
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The base model, what lies on it, and the arguments of its stock pipeline."""
+
+    name: str  # of the recipe
+    pipeline: str  # class in diffusers
+    model: str  # what was distilled: embedded name, absolute folder, or hub id
+    revision: str | None
+    variant: str | None
+    dtype: str  # of the base
+    resolution: int  # side in pixels that the student was trained at
+    strategy: str
+    steps: int  # which of `samplers` is meant
+    samplers: dict[int, Sampler]  # for every number of steps that is known to work
+    call: dict[str, Any]  # of pipe(...), whatever the steps: guidance_scale; height and width if not the base's own
+    reseed: bool  # the pipeline does not give its generator to the scheduler, which draws from torch.manual_seed
+    lora: dict[str, Any] | None  # rank, alpha, scale, scale_range, targets; None: the whole network was trained
+    prompts: tuple[str, ...]  # examples
+    versions: dict[str, str]
+    recipe_hash: str
+    negative_prompt_supported: bool = False  # without classifier-free guidance nothing reads it
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # format -> name in the export
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.samplers[self.steps]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of pipe(prompt, ...)."""
+        return self.sampler.call | self.call
+
+    @property
+    def base(self) -> str:
+        """What from_pretrained takes: a folder, absolute, or a hub id."""
+        return str(embedded_models().get(self.model, self.model))
+
+    def build_scheduler(self) -> diffusers.SchedulerMixin:
+        return self.sampler.build()
+
+    def at(self, steps: int | None) -> Serving:
+        """The same student in another number of steps (None: as it is).
+
+        Raises:
+            UserError: not one of those that are known to work.
+        """
+        if steps not in (None, *self.samplers):
+            allowed = ", ".join(map(str, self.samplers))
+            raise UserError(f"{self.name} cannot be sampled in {steps} steps; this student works in one of: {allowed}")
+        return dataclasses.replace(self, steps=steps or self.steps)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Serving:
+        """What `to_json` wrote.
+
+        Raises:
+            UserError: it is not that, or of a newer format.
+        """
+        try:
+            tree = json.loads(text)
+            if tree.pop("format") != FORMAT:
+                raise UserError(f"this {SIDECAR} was written by another version of stepdistill; export the run again")
+            tree["samplers"] = {int(n): Sampler(**sampler) for n, sampler in tree["samplers"].items()}
+            return cls(**tree | {"prompts": tuple(tree["prompts"])})
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise UserError(f"{SIDECAR} cannot be read ({error!r}); export the run again") from None
+
+
+def serving(distillation: Distillation, steps: int | None = None) -> Serving:
+    """How this distillation's student is sampled in `steps` (None: the strategy's own number).
+
+    Raises:
+        UserError: it cannot be sampled in that many, or no stock scheduler can do it. So this may be called before training.
+    """
+    recipe, family = distillation.recipe, distillation.family
+    how = distillation.inference(steps)
+    samplers = {}
+    for n in sorted({*STEPS, *recipe.eval.steps} - {len(how.hops)}):
+        with _skipping():
+            samplers[n] = _sampler(distillation, n)
+    samplers[len(how.hops)] = _sampler(distillation, steps)
+    if recipe.lora is None:  # those programs load LoRA files
+        samplers = {n: dataclasses.replace(sampler, comfyui=None, a1111=None) for n, sampler in samplers.items()}
+    side, source = recipe.data.resolution or family.resolution, recipe.model.source
+    folder = source not in embedded_models() and Path(source).is_dir()
+    size = {} if side == family.resolution else {"height": side, "width": side}
+    packages, lora = ("diffusers", "torch", "peft"), None
+    if recipe.lora:  # scale 1 is what was trained; on other fine-tunes of the same base less often looks better
+        lora = {"rank": recipe.lora.rank, "alpha": recipe.lora.rank, "scale": 1.0, "scale_range": [0.5, 1.0]}
+        lora["targets"] = list(recipe.lora.targets or family.lora_targets)
+    return Serving(
+        name=recipe.name,
+        pipeline=type(family.pipe).__name__,
+        model=str(Path(source).resolve()) if folder else source,
+        revision=recipe.model.revision,
+        variant=recipe.model.variant,
+        dtype=recipe.model.dtype,
+        resolution=side,
+        strategy=strategy_name(recipe.strategy),
+        steps=len(how.hops),
+        samplers=dict(sorted(samplers.items())),
+        call={"guidance_scale": family.sampler_guidance if how.guidance is None else how.guidance} | size,
+        reseed=how.renoise and family.kind == "flow",
+        lora=lora,
+        prompts=tuple((recipe.eval.prompts or read_prompts(recipe.data.prompts, 2))[:2]),
+        versions={"stepdistill": __version__} | {name: metadata.version(name) for name in packages},
+        recipe_hash=hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16],
+    )
+
+
+def _sampler(distillation: Distillation, steps: int | None) -> Sampler:
+    family = distillation.family
+    try:
+        return find_sampler(family.schedule, family.kind, family.pipe.scheduler.config, distillation.inference(steps))
+    except ValueError as error:
+        raise UserError(f"a stock pipeline cannot sample this student: {error}") from None
+
+
+@contextmanager
+def _skipping() -> Iterator[None]:
+    """Leave out a number of steps that was not asked for."""
+    try:
+        yield
+    except UserError:
+        return
+
+
+def find_export(folder: Path) -> Path:
+    """The export folder that is meant by a run folder or by itself.
+
+    Raises:
+        UserError: it is neither, or nothing was exported yet.
+    """
+    for place in (folder, folder / "export"):
+        if (place / SIDECAR).is_file():
+            return place
+    if (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} has no export yet; make one from its newest checkpoint: stepdistill export {folder}")
+    raise UserError(f"{folder} is neither a run folder nor an export: it has no {SIDECAR}; give runs/<name>")
+
+
+def read_export(folder: Path) -> Serving:
+    """The sidecar of an export folder."""
+    return Serving.from_json((folder / SIDECAR).read_text(encoding="utf-8"))
+
+
+def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPipeline:
+    """A fresh stock pipeline with one of the export's files (a key of `told.files`) on it, and the scheduler set."""
+    file, written = told.files[form], read_export(folder).steps
+    with quiet():
+        if form in WHOLE:
+            pipe = load_pipeline_folder(str(folder / file), getattr(torch, told.dtype))
+        else:
+            pipe = load_pipeline_folder(told.model, getattr(torch, told.dtype), told.revision, told.variant)
+            pipe.load_lora_weights(folder, weight_name=file)
+        kind = getattr(diffusers, told.sampler.scheduler)
+        pipe.scheduler = kind.from_pretrained(folder / "scheduler") if told.steps == written else told.build_scheduler()
+    return pipe.to(distributed.device())
+
+
+def load_pipeline(run_folder: Path | str, steps: int | None = None) -> diffusers.DiffusionPipeline:
+    """The stock pipeline of a run's student: LoRA loaded (or the whole trained copy), scheduler set for `steps`.
+
+    Args:
+        run_folder: a run folder, or an export folder.
+        steps: evaluations (None: the student's own number); give pipe(...) the `arguments` of `read_export(...).at(steps)`.
+
+    Raises:
+        UserError: nothing is exported there, or the student does not work in that many steps.
+    """
+    folder = find_export(Path(run_folder))
+    told = read_export(folder).at(steps)
+    return open_export(folder, told, next(iter(told.files)))
+
+
+def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, out: Path | None = None) -> Path:
+    """Draw one picture, a PNG, with the stock pipeline of a run or export folder; returns its path.
+
+    out: None: a name made of prompt, steps and seed, in the folder where the command runs.
+
+    Raises:
+        UserError: an empty prompt, a seed or number of steps that does not exist, or an `out` that cannot be written.
+    """
+    if not prompt.strip():
+        raise UserError("--prompt is empty; say what to draw")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"--seed {seed} is not a 64-bit number")
+    told = read_export(find_export(run)).at(steps)
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
+    out = out or Path(f"{words}_{told.steps}steps_seed{seed}.png")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
+    pipe = load_pipeline(run, steps)
+    with torch.random.fork_rng():  # one seed for the pipeline's generator and for schedulers that take no generator
+        image = pipe(prompt, generator=torch.manual_seed(seed), **told.arguments).images[0]
+    image.save(out)
+    return out

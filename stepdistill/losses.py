@@ -1,0 +1,55 @@
+"""Pure losses: tensors in, a scalar out; no networks, no schedules, no randomness."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .diffusion import Prediction, like
+
+
+def surrogate(x: Tensor, grad: Tensor) -> Tensor:
+    """A scalar whose gradient in x [B, ...] is exactly grad / x.numel(): 1/2 mean (x - sg(x - grad))^2."""
+    return 0.5 * F.mse_loss(x, (x - grad).detach())
+
+
+def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Scalar whose gradient in x0 is the normalized score difference. DMD, arXiv:2311.18828, Eq. 7 and 8, in the form of
+    its authors' code: (D_fake - D_real) over the sample's mean |x0 - D_real|.
+
+    Args:
+        x0: the student's sample, with grad, [B, ...].
+        real, fake: clean predictions of the guided teacher and of the fake score at the same x_t, [B, ...].
+        weight: a factor for each sample [B] (the h of f-distill).
+    """
+    with torch.no_grad():
+        scale = 1 / (x0 - real).abs().flatten(1).mean(1).clamp(min=1e-5)  # [B]
+        scale = scale if weight is None else weight * scale
+        grad = (fake - real) * like(scale, x0)
+    return surrogate(x0, grad)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """Mean of sqrt((a - b)^2 + c^2) - c over all entries, as LCM's authors use it, arXiv:2310.04378; c > 0."""
+    return (((a - b).square() + c**2).sqrt() - c).mean()
+
+
+def denoising(p: Prediction, x: Tensor, eps: Tensor, space: str) -> Tensor:
+    """Mean squared error of a prediction against the clean x and noise eps [B, ...] of its x_t.
+
+    Args:
+        space: what is compared: eps, x0, v or flow. All have the same minimizer and differ by a weight of t.
+    """
+    target = Prediction(x, eps, p.alpha, p.sigma)
+    return F.mse_loss(getattr(p, space), getattr(target, space))
+
+
+def gan_student(fake_logits: Tensor) -> Tensor:
+    """Non-saturating generator loss, arXiv:1406.2661: mean softplus(-logit of the student's samples)."""
+    return F.softplus(-fake_logits).mean()
+
+
+def gan_critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Discriminator loss, arXiv:1406.2661: mean softplus(-real) + mean softplus(fake)."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()

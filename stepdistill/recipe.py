@@ -1,0 +1,239 @@
+"""Recipes in YAML: read strictly, with every problem told at once, and written back. The only user of yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+from .families import FAMILIES
+from .fields import Field, convert, described, fields_of, numbers
+from .listing import find_recipe
+from .sections import SECTIONS, Data, Eval, Keys, Lora, Model, Optim, Recipe, Train, check
+from .sources import suggestion
+from .strategies import STRATEGIES, Strategy
+
+__all__ = ["Data", "Eval", "Lora", "Model", "Optim", "Recipe", "RecipeError", "Train", "differences", "dump_recipe"]
+__all__ += ["load_recipe", "shown", "strategy_name"]
+LAST = 10**9  # the line by which problems of the command line are sorted
+
+
+class RecipeError(UserError):
+    """All that is wrong with a recipe: `problems` holds lines `file:line  key: value ... rule; remedy`."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), data: bool = True) -> Recipe:
+    """The recipe in a file, or the shipped one of that name, with `dotted.key=value` overrides, checked throughout.
+
+    data: whether its prompts and pictures must be there too; sampling a finished run does without them.
+
+    Raises:
+        UserError: there is no such recipe.
+        RecipeError: every problem of the file, the overrides and the sources they name, at once.
+    """
+    file = find_recipe(path_or_name)
+    draft = Draft(file)
+    for text in overrides:
+        draft.override(text)
+    whole = "lora" in draft.tree and draft.tree["lora"] is None
+    parts = {key: None if key == "lora" and whole else draft.section(kind, key) for key, kind in SECTIONS.items()}
+    parts |= {"strategy": draft.strategy(), "name": draft.name(file.stem)}
+    for key in (key for key in draft.tree if key not in parts):
+        draft.unknown((key,), list(parts))
+    strategy = parts["strategy"]
+    values = {key: value for key, value in draft.values.items() if data or not key.startswith("data.")}
+    for keys, message in check(values, strategy, strategy and strategy_name(strategy), FAMILIES):
+        draft.blame(keys, message)
+    if draft.problems:
+        raise RecipeError([text for _, text in sorted(draft.problems, key=lambda problem: problem[0])])
+    return Recipe(**parts)
+
+
+class Draft:
+    """A recipe as it was written: the tree of its values, the line of every key, and the problems found so far."""
+
+    def __init__(self, file: Path):
+        """Raises RecipeError if the file is not readable YAML."""
+        self.file, self.lines = file, {}  # lines: keys -> line; 0 is the command line
+        self.values: dict[str, Any] = {}  # by dotted key, those that are right in themselves
+        self.problems: list[tuple[int, str]] = []
+        try:
+            loader = yaml.SafeLoader(file.read_bytes())
+            root = loader.get_single_node()
+            self.tree = self._read(loader, root, ()) if root else {}
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            what = getattr(error, "problem", None) or str(error).splitlines()[0]
+            where = f"{file}:{mark.line + 1}" if mark else str(file)
+            problem = f"{where}  this is not valid YAML: {what}; mend it (text with : or # needs quotes)"
+            raise RecipeError([problem]) from None
+        if not isinstance(self.tree, dict):
+            raise RecipeError([f"{file}:1  {shown(self.tree)} is no recipe; write sections: {', '.join(SECTIONS)}"])
+
+    def _read(self, loader: yaml.SafeLoader, node: yaml.Node, keys: Keys, line: int | None = None) -> Any:
+        """The value of a YAML node; notes the line of each key (all `line`, if given), and keys that occur twice."""
+        if not isinstance(node, yaml.MappingNode):
+            return loader.construct_object(node, deep=True)
+        tree = {}
+        for name, value in node.value:
+            at = (*keys, str(name.value))
+            first, self.lines[at] = self.lines.get(at), name.start_mark.line + 1 if line is None else line
+            if at[-1] in tree:
+                self.blame(at, f"occurs twice, first in line {first}; keep one" if first else "occurs twice; keep one")
+            tree[at[-1]] = self._read(loader, value, at, line)
+        return tree
+
+    def blame(self, keys: Keys, message: str) -> None:
+        """Note a problem of a key, at its line or at that of the nearest section around it."""
+        line = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 1)
+        where = f"{self.file}:{line}" if line else "command line"
+        self.problems.append((line or LAST, f"{where}  {'.'.join(keys)}: {message}"))
+
+    def unknown(self, keys: Keys, known: Sequence[str], more: str = "") -> None:
+        """Note an unknown key; suggest the nearest known one, or the section that has it, or list what there is."""
+        homes = [f"{name}.{keys[-1]}" for name, kind in SECTIONS.items() if keys[-1] in fields_of(kind)]
+        hint = suggestion(keys[-1], known) or (f"; did you mean '{homes[0]}'?" if homes else "")
+        self.blame(keys, f"unknown key{hint or '; there are ' + ', '.join(known)}{more}")
+
+    def override(self, text: str) -> None:
+        """Put `dotted.key=value` into the tree; the value is YAML."""
+        name, equals, value = text.partition("=")
+        keys = tuple(name.strip().split("."))
+        if not equals or not all(keys):
+            self.problems.append((LAST, f"command line  {text}: an override reads key=value, as in train.steps=500"))
+            return
+        try:
+            loader = yaml.SafeLoader(value)
+            node = loader.get_single_node()
+            parsed = self._read(loader, node, keys, 0) if node else None
+        except yaml.YAMLError:
+            self.problems.append((LAST, f"command line  {text}: {value!r} is not a YAML value; quote it"))
+            return
+        at = self.tree
+        for n, key in enumerate(keys[:-1], 1):
+            if not isinstance(at.get(key), dict):  # also null: lora.rank=8 overrides lora: null
+                at[key], self.lines[keys[:n]] = {}, 0
+            at = at[key]
+        at[keys[-1]], self.lines[keys] = parsed, 0
+
+    def section(self, kind: type, key: str) -> Any:
+        """The dataclass `kind` from the section `key`; None if that cannot be made. Its problems are noted."""
+        given = self.mapping(key)
+        return None if given is None else self.fill(kind, given, key)
+
+    def mapping(self, key: str) -> dict[str, Any] | None:
+        """The values of a section, empty if it was left out."""
+        given = self.tree.get(key, {})
+        if not isinstance(given, dict):
+            self.blame((key,), f"{shown(given)} must be a section of keys, as in {key}: {{key: value}}")
+            return None
+        return given
+
+    def fill(self, kind: type, given: Mapping[str, Any], key: str, more: str = "") -> Any:
+        """The dataclass `kind` from values; None if that cannot be made. Its problems are noted."""
+        known, values = fields_of(kind), {}
+        for name in (name for name in given if name not in known):
+            self.unknown((key, name), list(known), more)
+        for name, spec in known.items():
+            if name not in given and spec.default is dataclasses.MISSING:
+                self.blame((key, name), f"is missing; add {key}.{name}, {described(spec.type)}: {spec.comment}")
+                continue
+            try:
+                values[name] = _checked(given[name], spec) if name in given else spec.default
+            except ValueError as error:
+                self.blame((key, name), f"{error}{more}")
+        self.values |= {f"{key}.{name}": value for name, value in values.items()}
+        return kind(**values) if len(values) == len(known) else None
+
+    def strategy(self) -> Any:
+        """The strategy; None if it cannot be made. Its problems are noted."""
+        given = self.mapping("strategy")
+        if given is None:
+            return None
+        name, others = given.get("name"), {key: value for key, value in given.items() if key != "name"}
+        if name is None:
+            self.blame(("strategy", "name"), f"is missing; name one of {', '.join(STRATEGIES)}")
+        elif not isinstance(name, str) or name not in STRATEGIES:
+            near = suggestion(str(name), STRATEGIES) or f"; there are {', '.join(STRATEGIES)}"
+            self.blame(("strategy", "name"), f"unknown strategy {shown(name)}{near} (see: stepdistill ls strategies)")
+        else:
+            return self.fill(STRATEGIES[name], others, "strategy", f" (see: stepdistill explain {name})")
+        return None
+
+    def name(self, default: str) -> str:
+        """The run's name: a safe folder name that stock loaders accept in file names."""
+        name = self.tree.get("name", default)
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            self.blame(("name",), f"{shown(name)} must be letters, digits, and . _ - (a folder is named after it)")
+        elif any(word in name.lower() for word in ("scheduler", "optimizer", "checkpoint")):
+            self.blame(("name",), f"{name} has scheduler, optimizer or checkpoint in it: diffusers skips such files")
+        return name
+
+
+def _checked(value: Any, spec: Field) -> Any:
+    """The value as its field's type. Raises ValueError with value, rule and remedy."""
+    if isinstance(value, str) and value in spec.refused:
+        raise ValueError(f"{value} is refused: {spec.refused[value]}")
+    try:
+        result = convert(value, spec.type)
+    except TypeError:
+        raise ValueError(f"{shown(value)} must be {described(spec.type)}") from None
+    if spec.range and any(number not in spec.range for number in numbers(result)):
+        raise ValueError(f"{shown(value)} is out of range; it must be {spec.range}")
+    return result
+
+
+def shown(value: Any) -> str:
+    """A value as it would stand in YAML, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).replace("\n...", "").strip()
+
+
+def strategy_name(strategy: Strategy) -> str:
+    """The name of a strategy instance in STRATEGIES."""
+    return next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
+
+
+def to_tree(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain nested values, as they stand in YAML."""
+    tree = _plain(recipe)
+    return tree | {"strategy": {"name": strategy_name(recipe.strategy)} | tree["strategy"]}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(getattr(value, name)) for name in fields_of(type(value))}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key written out; load_recipe reads the same recipe from it."""
+    return yaml.dump(to_tree(recipe), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Sections as blocks, lists on their key's line."""
+
+
+_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ."""
+    return list(_differ(to_tree(a), to_tree(b), ""))
+
+
+def _differ(a: Any, b: Any, at: str) -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(b.keys() - a.keys())]:
+            yield from _differ(a.get(key), b.get(key), f"{at}.{key}".lstrip("."))
+    elif a != b:
+        yield at

@@ -1,0 +1,234 @@
+"""Teacher, student, fake score and their averages: one network seen through several LoRA adapters, or whole copies of it.
+
+The only module that knows PEFT. A role is a callable, `Denoiser`; strategies see nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .batch import seed_of
+from .diffusion import Prediction, guide, halves, mix, read, transition
+from .schedules import Schedule
+
+if TYPE_CHECKING:
+    from .families.base import Family
+
+
+@contextmanager
+def wearing(module: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Run module with exactly one adapter active, or (None) as the bare base; what was worn before comes back on exit.
+
+    PEFT's own `set_adapter` also flips requires_grad, and a leaf whose requires_grad is off when backward runs loses its
+    gradient without a word. So this sets the two flags that a layer's forward reads, and nothing else.
+    """
+    layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    before = [(m._disable_adapters, m._active_adapter) for m in layers]
+    for m in layers:
+        m._disable_adapters, m._active_adapter = adapter is None, [] if adapter is None else [adapter]
+    try:
+        yield
+    finally:
+        for m, (disabled, active) in zip(layers, before, strict=True):
+            m._disable_adapters, m._active_adapter = disabled, active
+
+
+def worn(module: nn.Module) -> str | None:
+    """The adapter that module is wearing; None for the bare base, and for a module without LoRA layers."""
+    for m in module.modules():
+        if isinstance(m, BaseTunerLayer):
+            return None if m._disable_adapters else m._active_adapter[0]
+    return None
+
+
+def enable_checkpointing(net: nn.Module) -> None:
+    """Activation checkpointing that replays every block in the adapter it first wore.
+
+    Backward runs after the role has changed: a plain replay would recompute the student's blocks as somebody else and
+    return wrong gradients, silently, since all adapters have the same shapes.
+    """
+
+    def run(block: nn.Module, *args):
+        adapter = worn(block)
+        return checkpoint(
+            block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), wearing(block, adapter))
+        )
+
+    net.enable_gradient_checkpointing(run)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One role: a family's network seen through one adapter, a whole copy, or (neither) the frozen base, the teacher."""
+
+    family: Family
+    net: nn.Module
+    adapter: str | None = None
+    whole: bool = False  # net is this role's own copy
+    precision: torch.dtype | None = None  # autocast the network to it; None: run it as it is stored
+
+    @property
+    def kind(self) -> str:
+        """What the network predicts: eps, x0, v or flow."""
+        return self.family.kind
+
+    @property
+    def width(self) -> int:
+        """Channels C of `features`."""
+        return self.family.feature_width(self.net)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], told: Tensor | None = None) -> Prediction:
+        """x_t [B, ...] at times t [B] in [0, 1], cond batch-first -> a Prediction in at least float32.
+
+        `told` [B] is the time that the network hears, if it is not t.
+        """
+        device, precision = x_t.device.type, self.precision
+        with wearing(self.net, self.adapter), torch.autocast(device, precision, enabled=precision is not None):
+            raw = self.family.forward(self.net, x_t, t if told is None else told, cond)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))  # x0 from eps amplifies errors 14.6 times at SD's end
+        return read(self.kind, raw, x_t.to(raw.dtype), *self.family.schedule.alpha_sigma(t.to(raw.dtype)))
+
+    def guided(
+        self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], null: dict[str, Tensor] | None, scale: float | Tensor
+    ) -> Prediction:
+        """Classifier-free guidance at `scale` (a number or [B]; 1 is unguided and needs no null), in one forward.
+
+        Raises:
+            ValueError: the scale is not 1 and null is None (a guidance-distilled teacher).
+        """
+        plain = null is None and bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
+        if plain:
+            return self(x_t, t, cond)
+        if null is None:
+            raise ValueError(
+                f"guidance scale {scale} needs an unconditional prediction, but this teacher has none (its guidance is "
+                f"distilled); set guidance to 1"
+            )
+        both = {name: torch.cat([cond[name], null[name]]) for name in null}
+        return guide(*halves(self(torch.cat([x_t, x_t]), torch.cat([t, t]), both)), scale)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Prediction, Tensor]:
+        """The prediction, and the tokens [B, L, C] of the block that the family names for discriminators."""
+        kept: list[Tensor] = []
+        block = self.family.feature_block(self.net)
+        handle = block.register_forward_hook(lambda _module, _args, out: kept.append(out))
+        try:
+            prediction = self(x_t, t, cond)
+        finally:
+            handle.remove()
+        return prediction, self.family.feature_tokens(kept[0]).to(prediction.x0.dtype)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What training this role may change, by its name in the network; nothing for the teacher."""
+        if self.whole:
+            return dict(self.net.named_parameters())
+        mark = f".{self.adapter}."
+        return {name.replace(mark, "."): p for name, p in self.net.named_parameters() if mark in name}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters().values())
+
+    @torch.no_grad()
+    def follow(self, other: Denoiser, decay: float = 0.0) -> None:
+        """Move towards another role: an exponential moving average, or (decay 0) a copy."""
+        torch._foreach_lerp_(self.parameters(), other.parameters(), 1 - decay)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Become equal to the teacher again."""
+        base = dict(self.family.net.named_parameters())
+        for name, p in self.named_parameters().items():
+            if self.whole:
+                p.copy_(base[name]) if name in base else p.zero_()
+            elif "lora_B" in name:
+                p.zero_()
+
+
+class Roles(dict[str, Denoiser]):
+    """The roles by name, also as attributes, and the process they share."""
+
+    def __init__(self, family: Family, **roles: Denoiser):
+        super().__init__(roles)
+        self._family = family
+
+    def __getattr__(self, name: str) -> Denoiser:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"role {name!r} is not one of {', '.join(self)}") from None
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._family.schedule
+
+    def noise(self, x: Tensor, t: Tensor, eps: Tensor, since: Tensor | None = None) -> Tensor:
+        """A sample of q(x_t | x_since) made with eps; x [B, ...] is clean if since is None. Times [B]."""
+        to = self.schedule.alpha_sigma(t)
+        return mix(x, eps, *(to if since is None else transition(self.schedule.alpha_sigma(since), to)))
+
+    def move(self, p: Prediction, t: Tensor) -> Tensor:
+        """The deterministic first-order step to times t [B]: DDIM on variance-preserving schedules, Euler on flow."""
+        return mix(p.x0, p.eps, *self.schedule.alpha_sigma(t))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents -> pixels [B, 3, H, W] in [-1, 1], with gradient."""
+        return self._family.decode(x0)
+
+    def swap(self, **roles: Denoiser) -> Roles:
+        """The same roles with some played by others: swap(student=roles["student_ema"])."""
+        return Roles(self._family, **{**self, **roles})
+
+
+def build_roles(
+    family: Family,
+    names: Iterable[str],
+    rank: int | None,
+    targets: Iterable[str] | None = None,
+    seed: int = 0,
+    precision: torch.dtype | None = None,
+    embed_guidance: bool = False,
+) -> Roles:
+    """The teacher, and one role for each name: a LoRA on the shared base, or (rank None) a whole copy in float32.
+
+    All start equal to the teacher. Nothing requires grad yet; the trainer opens what its players train.
+
+    Raises:
+        ValueError: embed_guidance with LoRA (the base would have to change).
+    """
+    base = family.net.requires_grad_(False)
+    if embed_guidance and rank is not None:
+        raise ValueError("embed_guidance gives the network a new input, which a LoRA cannot carry; set lora to null")
+    roles = Roles(family, teacher=Denoiser(family, base, precision=precision))
+    for name in names:
+        if rank is None:
+            net = copy.deepcopy(base).float()
+            if embed_guidance:
+                family.add_guidance_embedding(net)
+            roles[name] = Denoiser(family, net.requires_grad_(False), whole=True, precision=precision)
+        else:
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets or family.lora_targets))
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                torch.manual_seed(seed_of(seed, name))
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the idea
+                inject_adapter_in_model(config, base, name)
+            roles[name] = Denoiser(family, base, name, precision=precision)
+    for p in base.parameters():
+        p.requires_grad_(False)
+    for m in base.modules():
+        if isinstance(m, BaseTunerLayer):
+            m._disable_adapters, m._active_adapter = True, []
+    for role in roles.values():
+        for p in role.parameters():
+            p.data = p.data.float()  # on a bf16 base PEFT makes bf16 adapters, whose small updates round to nothing
+    return roles

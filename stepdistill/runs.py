@@ -1,0 +1,172 @@
+"""A run: its folder, when it may go on, and the road from a recipe to an export."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import checkpoint, distributed
+from .assemble import assemble
+from .data import build_batches
+from .errors import Diverged, UserError
+from .evaluate.grid import Samples
+from .evaluate.table import evaluate
+from .export import check_export, write_export
+from .recipe import Recipe, differences, dump_recipe, load_recipe
+from .show import Line, Log, clock, summary
+from .trainer import Trainer
+
+FREE = ("train.steps", "train.save_every", "eval")  # keys that a run may change when it goes on
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run, and what is in it."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.folder / "recipe.yaml")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+    @property
+    def step(self) -> int:
+        """Iterations that its newest checkpoint holds."""
+        return max(checkpoint.steps(self.checkpoints), default=0)
+
+    @property
+    def finished(self) -> bool:
+        return (self.export / "stepdistill.json").is_file() and self.step >= self.recipe.train.steps
+
+
+def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto") -> Run:
+    """Train, show, export, check the export, and evaluate. Calling it again goes on where it stopped.
+
+    Args:
+        output: the run's folder; None: runs/<name of the recipe>.
+        resume: "auto" (go on if the folder holds a run of this recipe), "never" (move the old folder aside) or the path of
+            a checkpoint to start from.
+
+    Raises:
+        UserError: the folder holds a run of another recipe.
+        Diverged: a loss or gradient is not finite; the state before that step is saved.
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved.
+    """
+    run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
+    start = find_start(run, recipe, resume, line)
+    if start is not None and run.finished and start == checkpoint.latest(run.checkpoints) and run.step >= recipe.train.steps:
+        line.say(f"{run.folder} is finished ({run.step} steps). Its export: {run.export}")
+        return run
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+
+    distillation = assemble(recipe)
+    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line.report))
+    if start is not None:
+        trainer.load(start)
+        line.say(f"going on from {start} at step {trainer.at}")
+    loop(run, trainer, line)
+
+    write_export(distillation, run.export)
+    line.say(f"exported to {run.export}: {check_export(distillation, run.export)}")
+    if recipe.eval.n:
+        evaluate(distillation, run.folder / "eval", line)
+    return run
+
+
+def loop(run: Run, trainer: Trainer, line: Line) -> None:
+    """Step until train.steps, with the log, sample grids and checkpoints on the way."""
+    recipe, samples = trainer.recipe, Samples(trainer.distillation, run.folder / "samples", line)
+    main = distributed.rank() == 0
+    log, began, first = Log(run.folder, trainer.at), time.monotonic(), trainer.at
+    if recipe.eval.every and trainer.at == 0 and main:
+        samples(0)
+    with stopping() as stop:
+        while trainer.at < recipe.train.steps:
+            try:
+                values = trainer.step()
+            except Diverged as error:
+                path = trainer.save(run.checkpoints)
+                raise Diverged(error.player, error.tensor, error.step, path) from None
+            seconds = time.monotonic() - began
+            log(trainer.at, seconds, values)
+            left = seconds / (trainer.at - first) * (recipe.train.steps - trainer.at)
+            line(summary(trainer.at, recipe.train.steps, left, values), final=trainer.at == recipe.train.steps)
+            done = trainer.at == recipe.train.steps
+            if done or stop or trainer.at % recipe.train.save_every == 0:
+                path = trainer.save(run.checkpoints)
+            if stop and not done:
+                line.say(f"stopped at step {trainer.at}; saved {path}. The same command goes on from there.")
+                raise KeyboardInterrupt
+            if recipe.eval.every and main and (done or trainer.at % recipe.eval.every == 0):
+                samples(trainer.at)
+    log.close()
+    line.say(f"trained {trainer.at - first} steps in {clock(time.monotonic() - began)}")
+
+
+def find_start(run: Run, recipe: Recipe, resume: str, line: Line) -> Path | None:
+    """The checkpoint to start from, by the rules of `train`; None: from nothing."""
+    if resume not in ("auto", "never"):
+        path = Path(resume)
+        path = path if (path / "state.json").is_file() else checkpoint.latest(path / "checkpoints")
+        if path is None:
+            raise UserError(f"--resume {resume}: no checkpoint there; give a run folder or one of its checkpoints/<step>")
+        return path
+    if not (run.folder / "recipe.yaml").is_file():
+        return None
+    if resume == "never":
+        n = next(n for n in range(1, 10_000) if not run.folder.with_name(f"{run.folder.name}.old-{n}").exists())
+        aside = run.folder.with_name(f"{run.folder.name}.old-{n}")
+        run.folder.rename(aside)
+        line.say(f"moved the old run to {aside}")
+        return None
+    changed = [key for key in differences(run.recipe, recipe) if not key.startswith(FREE)]
+    if changed:
+        raise UserError(
+            f"{run.folder} holds a run of another recipe; they differ in {', '.join(changed)}. "
+            f"Use --output for another folder, or --resume never to move the old one aside."
+        )
+    return checkpoint.latest(run.checkpoints)
+
+
+class Stop:
+    """True once somebody asked the process to stop."""
+
+    asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Turn the first SIGINT or SIGTERM into a flag; the second one interrupts at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(_signal, _frame):
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,181 @@
+"""Stock schedulers that walk exactly the hops of a student: proposed by rule, then tried on numbers against our own maths.
+
+Known of diffusers 0.42, each found by trying: LCMScheduler with original_inference_steps equal to its table's length visits
+round(T k / N) - 1 for every N that divides T (with 100 it does so for 1, 2, 4, 5, but not for 8); DDIMScheduler steps down
+by T // N, so that it leaves its own trailing grid where N does not divide T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from .diffusion import Kind, mix, read
+from .sampling import Inference
+from .schedules import RectifiedFlow, Schedule, VariancePreserving
+
+TOLERANCE = 2e-5  # of the trial: float32 rounding, and the 7e-6 by which LCMScheduler leans on its input at timestep 19
+NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # kinds, as DDPM-table schedulers call them
+TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler of diffusers, and the arguments with which a pipeline walks one number of steps."""
+
+    scheduler: str  # class in diffusers
+    config: dict[str, Any]
+    call: dict[str, Any]  # of pipe(...): num_inference_steps; timesteps or sigmas only where no config gives the grid
+    comfyui: dict[str, Any] | None = None  # the same in words of ComfyUI; None: not known to be the same
+    a1111: dict[str, Any] | None = None
+
+    def build(self) -> diffusers.SchedulerMixin:
+        """The scheduler object; raises ValueError where its class refuses the config."""
+        return getattr(diffusers, self.scheduler).from_config(self.config)
+
+
+def find_sampler(schedule: Schedule, kind: Kind, config: Mapping[str, Any], how: Inference) -> Sampler:
+    """The stock sampler that takes the same steps as `sampling.sample`.
+
+    config: of the teacher's own scheduler, whose noise table (if it has one) the result copies.
+
+    Raises:
+        ValueError: a stock pipeline cannot do what `how` says; the message says why.
+    """
+    refuse(how)
+    if isinstance(schedule, RectifiedFlow):
+        proposals = on_flow(schedule, config, how)
+    else:
+        proposals = on_table(schedule, kind, config, how)
+    tried = []
+    for sampler in proposals:
+        off = deviation(sampler, schedule, kind, how)
+        if off <= TOLERANCE:
+            full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
+            return Sampler(sampler.scheduler, full, sampler.call, **elsewhere(schedule, kind, how))
+        tried.append(f"{sampler.scheduler} is off by {off:.1g}")
+    times = ", ".join(f"{hop.time:.4g}" for hop in how.hops)
+    raise ValueError(f"no stock scheduler visits the times {times} as this student is sampled ({'; '.join(tried)})")
+
+
+def refuse(how: Inference) -> None:
+    """Raises ValueError if no scheduler whatever could make a stock pipeline do it."""
+    roles = sorted({hop.role for hop in how.hops})
+    if roles != ["student"]:
+        raise ValueError(f"the sampler asks {', '.join(roles)}, and a stock pipeline has one network: the student")
+    if any(hop.scale != 1 for hop in how.hops):
+        raise ValueError("the sampler guides some steps; a distilled student is sampled unguided")
+    if how.told is not None and any(hop.time != how.told for hop in how.hops):
+        raise ValueError(f"the network hears time {how.told} at every step, and stock schedulers tell it each step's own")
+
+
+def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any], how: Inference) -> Iterator[Sampler]:
+    """Proposals for a DDPM table.
+
+    Raises:
+        ValueError: a hop lies between the entries of the table.
+    """
+    n, last = len(how.hops), len(schedule.theta) - 1
+    timesteps = [round(hop.time * last) for hop in how.hops]
+    for hop, timestep in zip(how.hops, timesteps, strict=True):
+        if abs(hop.time * last - timestep) > 0.01:
+            raise ValueError(
+                f"time {hop.time:g} is timestep {hop.time * last:.2f}, and stock schedulers visit whole ones only; "
+                f"write {timestep / last:.6g}, which is {timestep}"
+            )
+    table = {key: config[key] for key in TABLE if key in config} | {"prediction_type": NAMES[kind]}
+    table |= {"clip_sample": False, "steps_offset": 1}  # offset: unused by these grids, but pipelines mend any other value
+    grid, listed = {"num_inference_steps": n}, {"num_inference_steps": n, "timesteps": timesteps}
+    if how.renoise:
+        for original in (last + 1, n):
+            yield Sampler("LCMScheduler", table | {"original_inference_steps": original}, grid)
+        yield Sampler("LCMScheduler", table | {"original_inference_steps": last + 1}, listed)
+    else:
+        trailing = table | {"timestep_spacing": "trailing"}
+        yield Sampler("DDIMScheduler", trailing | {"set_alpha_to_one": True}, grid)
+        first_order = trailing | {"solver_order": 1, "final_sigmas_type": "zero"}  # is DDIM, and takes any grid
+        yield Sampler("DPMSolverMultistepScheduler", first_order, grid)
+        yield Sampler("DPMSolverMultistepScheduler", first_order, listed)
+
+
+def on_flow(schedule: RectifiedFlow, config: Mapping[str, Any], how: Inference) -> Iterator[Sampler]:
+    """Proposals for rectified flow: the teacher's trailing grid by config alone, then any grid as `sigmas`."""
+    n, size = len(how.hops), config.get("num_train_timesteps", 1000)
+    name = "FlowMatchLCMScheduler" if how.renoise else "FlowMatchEulerDiscreteScheduler"
+    plain = {"num_train_timesteps": size, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    if n == 1:
+        yield Sampler(name, plain, {"num_inference_steps": 1})
+    else:
+        stretched = {"shift": flow_shift(schedule.shift, n, size), "shift_terminal": how.hops[-1].time}
+        yield Sampler(name, plain | stretched, {"num_inference_steps": n})
+    yield Sampler(name, plain, {"num_inference_steps": n, "sigmas": [hop.time for hop in how.hops]})
+
+
+def flow_shift(shift: float, n: int, size: int) -> float:
+    """The `shift` of a flow scheduler whose n sigmas, once stretched to their last, are those of a teacher's `shift`.
+
+    Its grid is linspace(1, e) with e = shift(1/size), then shifted, then stretched affinely about 1. Such a grid and the one
+    that is wanted, shift(1 - k/n), are both 1 - k / (a - b k): equal once their ends are and b/a is. With s for the shift
+    sought and S for the given one: (s - 1)(1 - 1/size) S n = s (1 + (s - 1)/size) (S - 1)(n - 1). S = 1 gives 1.
+    """
+    a, b = (n - 1) * (shift - 1), (1 - 1 / size) * shift * n
+    half = b - a * (1 - 1 / size)
+    return 2 * b / (half + math.sqrt(half**2 - 4 * a * b / size))
+
+
+def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference) -> float:
+    """How far the scheduler's steps and timesteps are from ours on arbitrary numbers, relative to their size.
+
+    Infinite if it refuses, if it counts other steps, or if it wants other initial noise.
+    """
+    named = {key: value for key, value in sampler.call.items() if key != "num_inference_steps"}
+    try:
+        scheduler = sampler.build()
+        scheduler.set_timesteps(**(named or sampler.call))
+    except ValueError:
+        return math.inf
+    if len(scheduler.timesteps) != len(how.hops) or getattr(scheduler, "init_noise_sigma", 1) != 1:
+        return math.inf
+    size = 1000 if isinstance(schedule, RectifiedFlow) else len(schedule.theta) - 1  # timestep of time 1
+    x, off = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0.0
+    theirs, ours = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    for i, (hop, timestep) in enumerate(zip(how.hops, scheduler.timesteps, strict=True)):
+        off = max(off, abs(float(timestep) / size - hop.time))
+        raw = x.tanh()
+        moved = scheduler.step(raw, timestep, x, generator=theirs, return_dict=False)[0]
+        p = read(kind, raw, x, *schedule.alpha_sigma(torch.tensor([hop.time], dtype=torch.float64)))
+        x = p.x0
+        if i + 1 < len(how.hops):
+            to = schedule.alpha_sigma(torch.tensor([how.hops[i + 1].time], dtype=torch.float64))
+            x = mix(p.x0, torch.randn(x.shape, generator=ours) if how.renoise else p.eps, *to)
+        off = max(off, ((moved - x).abs().max() / (1 + x.abs().max())).item())
+    return off
+
+
+def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[str, Any]]:
+    """What to choose in ComfyUI and A1111 to load a LoRA with, where their `simple` grid is exactly ours.
+
+    ComfyUI's takes entry 999 - int(k 1000 / n) of 1000 for k = 0, 1, ... (comfy/samplers.py); A1111's LCM sampler has every
+    20th entry only (sd_samplers_lcm.py). Tables that predict other than eps need settings of the model: left out.
+    """
+    n, times = len(how.hops), [hop.time for hop in how.hops]
+    entries = [999 - int(k * 1000 / n) for k in range(n)]
+    comfyui = {"sampler": "lcm" if how.renoise else "euler", "scheduler": "simple", "cfg": 1.0}
+    if isinstance(schedule, RectifiedFlow):  # the shift is set by the node ModelSamplingSD3
+        simple = schedule.warp(torch.tensor([(entry + 1) / 1000 for entry in entries], dtype=torch.float64)).tolist()
+        return {"comfyui": comfyui | {"shift": schedule.shift}} if near(simple, times) else {}
+    if kind != "eps" or len(schedule.theta) != 1000:
+        return {}
+    found = {"comfyui": comfyui} if near([entry / 999 for entry in entries], times) else {}
+    if how.renoise and near([(999 - 20 * int(k * 50 / n)) / 999 for k in range(n)], times):
+        found["a1111"] = {"sampler": "LCM", "schedule type": "Simple", "cfg scale": 1.0}
+    return found
+
+
+def near(some: list[float], others: list[float]) -> bool:
+    return all(abs(a - b) < 1e-5 for a, b in zip(some, others, strict=True))

@@ -1,0 +1,66 @@
+"""Few-step sampling: one loop for rollouts in training, for validation, evaluation and the check of exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .roles import Roles
+
+
+class Hop(NamedTuple):
+    """One evaluation of a sampler: which role is asked, at which time, with which guidance scale."""
+
+    time: float  # in [0, 1], 1 is noise
+    role: str = "student"
+    scale: float = 1.0  # 1: unguided
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a student is sampled. Training rollouts, validation, evaluation and exports all read it."""
+
+    hops: tuple[Hop, ...]
+    renoise: bool = True  # new noise after each hop (LCM, DMD2); False: the deterministic DDIM or Euler step
+    told: float | None = None  # the time that the network hears at every hop, if not the hop's own
+    guidance: float | None = None  # told to a network that embeds its guidance scale
+
+
+Normal = Callable[[Tensor], Tensor]  # x -> standard normal noise of x's shape
+
+
+@torch.no_grad()
+def rollout(roles: Roles, how: Inference, x_t: Tensor, cond, normal: Normal, k: int, null=None) -> tuple[Tensor, Tensor]:
+    """Walk pure noise x_t [B, ...] through the first k hops; returns x_t and t [B] as the next hop will see them."""
+    for here, there in zip(how.hops[:k], how.hops[1 : k + 1], strict=True):
+        p, t = ask(roles, how, here, x_t, cond, null), x_t.new_full([len(x_t)], there.time)
+        x_t = roles.noise(p.x0, t, normal(x_t)) if how.renoise else roles.move(p, t)
+    return x_t, x_t.new_full([len(x_t)], how.hops[k].time)
+
+
+@torch.no_grad()
+def sample(roles: Roles, how: Inference, noise: Tensor, cond, normal: Normal = torch.randn_like, null=None) -> Tensor:
+    """Clean latents [B, ...] from pure noise, in one network evaluation a hop (two if it is guided)."""
+    last = len(how.hops) - 1
+    x_t, _ = rollout(roles, how, noise, cond, normal, last, null)
+    return ask(roles, how, how.hops[last], x_t, cond, null).x0
+
+
+def ask(roles: Roles, how: Inference, hop: Hop, x_t: Tensor, cond, null=None):
+    """The prediction of one hop, with gradient where the caller allows it."""
+    full = x_t.new_full([len(x_t)], 1.0)
+    if how.guidance is not None:
+        cond = cond | {"guidance": full * how.guidance}
+    told = None if how.told is None else full * how.told
+    if hop.scale == 1:
+        return roles[hop.role](x_t, full * hop.time, cond, told)
+    return roles[hop.role].guided(x_t, full * hop.time, cond, null, hop.scale)
+
+
+def trailing(times: tuple[float, ...], role: str = "student", scale: float = 1.0) -> tuple[Hop, ...]:
+    """The hops of a schedule's grid, from noise down: its last time first, 0 left out."""
+    return tuple(Hop(t, role, scale) for t in times[:0:-1])

@@ -1,0 +1,127 @@
+"""The sections of a recipe as dataclasses, and the rules that tie them together.
+
+Every key of the YAML is a field, and every field's comment is its documentation. Relative paths are seen from where the
+command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .fields import Place, fields_of, ranged
+from .sources import check_images, check_model, check_prompts
+
+Keys = tuple[str, ...]  # a dotted key, split
+
+
+@dataclass(frozen=True)
+class Model:
+    source: Place  # embedded name (stepdistill/tiny-sd), folder of a diffusers pipeline, or hub id (org/name)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base; what is trained stays float32
+    revision: str | None = None  # branch, tag or commit of a hub id
+    variant: str | None = None  # the fp16 in diffusion_pytorch_model.fp16.safetensors
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = ranged(64, low=1, high=1024)  # of every adapter; its alpha equals it
+    targets: list[str] | None = None  # names of the layers that wear adapters; null: those of the pipeline family
+
+
+@dataclass(frozen=True)
+class Data:
+    prompts: Place  # text file with a prompt a line, or stepdistill/tiny
+    images: Place | None = None  # folder of pictures with a .txt caption beside each, or stepdistill/tiny
+    count: int | None = ranged(None, low=1)  # so many drawings of the embedded world; of files, at most so many
+    resolution: int | None = ranged(None, low=8, high=8192)  # side in pixels; null: the one the network was made for
+
+
+@dataclass(frozen=True)
+class Optim:
+    student_lr: float = ranged(1e-4, above=0, high=1)  # learning rate of the student
+    critic_lr: float = ranged(1e-4, above=0, high=1)  # learning rate of the fake score and of discriminator heads
+    betas: tuple[float, float] = ranged((0.9, 0.99), low=0, below=1)  # AdamW's decays of gradient and its square
+    weight_decay: float = ranged(0.0, low=0, high=1)  # AdamW's
+    clip: float = ranged(1.0, above=0)  # largest norm of each player's gradient
+    warmup: int = ranged(0, low=0)  # iterations in which learning rates rise from zero
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rates after the warm-up
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = ranged(low=1)  # iterations; one iteration is one batch
+    batch: int = ranged(16, low=1)  # samples an iteration, over all processes and parts
+    accumulate: int = ranged(1, low=1)  # parts of a batch, computed one after the other; divides batch
+    seed: int = ranged(0, low=0, below=2**63)  # of everything random
+    save_every: int = ranged(100, low=1)  # iterations between checkpoints
+    keep: int = ranged(2, low=1)  # checkpoints that stay on disk
+    precision: Literal["no", "bf16"] = field(  # of the computation; bf16 is autocast
+        default="no", metadata={"refused": {"fp16": "training in fp16 diverges (range too small); use bf16"}}
+    )
+    checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
+    ema: float | None = ranged(None, above=0, below=1)  # decay of the average that is evaluated and exported
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = ranged(100, low=0)  # iterations between sample grids; 0: never
+    n: int = ranged(2048, low=0)  # pictures behind each figure of the final table; 0: no table
+    steps: tuple[int, ...] = ranged((4, 2, 1), low=1, high=1000)  # student's numbers of steps in grids and table
+    prompts: list[str] | None = None  # of the sample grids; null: the first ones of data.prompts
+    seed: int = ranged(0, low=0, below=2**63)  # of the noise in grids and table
+    batch: int = ranged(64, low=1)  # pictures sampled at a time
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str  # of the run's folder and exported files; the recipe file's own name if left out
+    model: Model
+    lora: Lora | None  # null: trains full copies of the network
+    strategy: Any  # name, one of STRATEGIES, and the fields of that dataclass
+    data: Data
+    optim: Optim
+    train: Train
+    eval: Eval
+
+
+SECTIONS = {"model": Model, "lora": Lora, "data": Data, "optim": Optim, "train": Train, "eval": Eval}
+
+
+def check(
+    values: Mapping[str, Any], strategy: Any, strategy_name: str, families: Collection[str]
+) -> Iterator[tuple[Keys, str]]:
+    """What is wrong between fields, and with the sources they name.
+
+    values: by dotted key; of those that are wrong in themselves, and so left out, nothing is said.
+    strategy: the instance, or None if it could not be made. families: the pipeline classes that can be distilled.
+    """
+    if "model.source" in values:
+        for message in check_model(values["model.source"], values.get("model.variant"), families):
+            yield ("model", "source"), message
+    if "data.prompts" in values:
+        yield from ((("data", "prompts"), message) for message in check_prompts(values["data.prompts"]))
+    if values.get("data.images") is not None:
+        yield from ((("data", "images"), message) for message in check_images(values["data.images"]))
+    if strategy:
+        for message in strategy.check():  # "field: what is wrong" or just what is wrong
+            name, _, rest = message.partition(": ")
+            yield (("strategy", name), rest) if name in fields_of(type(strategy)) else (("strategy",), message)
+        if "x0" in strategy.needs and values.get("data.images", "") is None:
+            yield ("data", "images"), (
+                f"null, but strategy {strategy_name} learns from pictures; give a folder of pictures with captions, "
+                f"or stepdistill/tiny, or other settings (see: stepdistill explain {strategy_name})"
+            )
+    told = values.get("strategy.embed_guidance")
+    if told is not None and "lora.rank" in values:
+        yield ("strategy", "embed_guidance"), f"{told} adds an input, which a LoRA cannot; set lora: null, or this"
+    if values.get("lora.targets") == []:
+        yield ("lora", "targets"), "[] leaves nothing to train; name layers, or write null for the family's own"
+    batch, parts = values.get("train.batch", 0), values.get("train.accumulate", 1)
+    if batch % parts:
+        yield ("train", "accumulate"), f"{parts} must divide train.batch, which is {batch}"
+    if values.get("eval.steps") == ():
+        yield ("eval", "steps"), "[] must name at least one number of steps, as in [4, 2, 1]"
+    if values.get("eval.prompts") == []:
+        yield ("eval", "prompts"), "[] must name at least one prompt; write null for the first ones of data.prompts"

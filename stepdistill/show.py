@@ -1,0 +1,98 @@
+"""What a run shows while it works: one live line, log.jsonl, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def clock(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Line:
+    """A line of the terminal that is written over; elsewhere (a file, a pipe) a new line every `every` seconds."""
+
+    def __init__(self, stream: TextIO | None = None, every: float = 15.0):
+        self.stream, self.every = stream or sys.stderr, every
+        self.live, self.last, self.open = self.stream.isatty(), -every, False
+
+    def __call__(self, text: str, final: bool = False) -> None:
+        """Show text; final keeps it and ends the line."""
+        now = time.monotonic()
+        if self.live and (final or now - self.last > 0.2):
+            self.stream.write(f"\r\033[K{text}" + ("\n" if final else ""))
+        elif final or now - self.last > self.every:
+            self.stream.write(text + "\n")
+        else:
+            return
+        self.stream.flush()
+        self.last, self.open = now, self.live and not final
+
+    def report(self, what: str, done: int, of: int) -> None:
+        """Progress of a countable job."""
+        self(f"{what}: {done}/{of}", final=done == of)
+
+    def say(self, text: str) -> None:
+        """A line of its own, below whatever was live."""
+        if self.open:
+            self.stream.write("\n")
+            self.open = False
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+
+class Log:
+    """Every step in folder/log.jsonl; steps that a resumed run does again are dropped first."""
+
+    def __init__(self, folder: Path, at: int):
+        path = folder / "log.jsonl"
+        kept = [line for line in path.read_text().splitlines() if _step(line) < at] if path.is_file() else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a")
+        self.board = _board(folder)
+
+    def __call__(self, step: int, seconds: float, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a log line; a line cut short by a crash counts as the future."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def summary(at: int, steps: int, left: float, values: dict[str, float]) -> str:
+    """One step in a line: `120/600  0:45 left  student: consistency 0.0123 grad 0.51 lr 1e-03`."""
+    players: dict[str, list[str]] = {}
+    for name, value in values.items():
+        who, what = name.split("/", 1)
+        text = f"{value:.0e}" if what == "lr" else f"{value:.3g}"
+        players.setdefault(who, []).append(f"{'grad' if what == 'grad_norm' else what} {text}")
+    parts = [f"{who}: {' '.join(texts)}" for who, texts in players.items()]
+    return "  ".join([f"{at}/{steps}", f"{clock(left)} left", *parts])

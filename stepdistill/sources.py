@@ -1,0 +1,143 @@
+"""Where models, prompts and pictures come from: finds what a recipe names, and what is wrong with it.
+
+A source is an embedded name (whatever begins with `stepdistill/`), a file or folder, or, for models, a hub id
+(`org/name`), which only diffusers resolves. Nothing here opens weights or pictures, and nothing imports more than the
+standard library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+TINY = Path(__file__).parent / "tiny"  # the embedded world: teachers are folders of it
+EMBEDDED = "stepdistill/"
+EMBEDDED_DATA = "stepdistill/tiny"
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
+PICKLE = (
+    "is a pickled weight file, and unpickling runs whatever code it holds; save the model as safetensors "
+    "(pipeline.save_pretrained(folder, safe_serialization=True))"
+)
+
+
+def embedded_models(folder: Path = TINY) -> dict[str, Path]:
+    """The teachers inside the package: name to pipeline folder."""
+    return {f"{EMBEDDED}{index.parent.name}": index.parent for index in sorted(folder.glob("*/model_index.json"))}
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a model source has the form org/name and is neither an embedded name nor an existing path."""
+    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and Path(source).suffix not in {".safetensors", *PICKLED}
+    return bool(named) and not source.startswith(EMBEDDED) and not Path(source).exists()
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """`; did you mean 'x'?` where a known word is near, else an empty text."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def check_model(source: str, variant: str | None = None, families: Collection[str] = ()) -> Iterator[str]:
+    """What is wrong with a model source. `families`: the pipeline classes that can be distilled; empty: not checked."""
+    if is_hub_id(source):
+        return
+    known = embedded_models()
+    folder = known.get(source, Path(source))
+    if source.startswith(EMBEDDED) and source not in known:
+        have = ", ".join(known) or "none (reinstall stepdistill)"
+        yield f"{source} is no embedded model{suggestion(source, known) or f'; there are: {have}'}"
+    elif folder.suffix.lower() in PICKLED and not folder.is_dir():
+        yield f"{source} {PICKLE}"
+    elif not folder.exists():
+        near = suggestion(f"{EMBEDDED}{source}", known)
+        near = near or "; give a pipeline folder or a hub id org/name"
+        yield f"{source} does not exist (seen from {Path.cwd()}){near}"
+    elif not folder.is_dir():
+        yield f"{source} is a file, but a pipeline is a folder; convert it once: from_single_file, then save_pretrained"
+    elif not (folder / "model_index.json").is_file():
+        yield (
+            f"{source} is not a pipeline: it has no model_index.json; "
+            "give the folder that pipeline.save_pretrained(folder) wrote"
+        )
+    else:
+        yield from _check_pipeline(folder, source, variant, families)
+
+
+def _check_pipeline(folder: Path, source: str, variant: str | None, families: Collection[str]) -> Iterator[str]:
+    """What is wrong with a folder that has a model_index.json."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    except (ValueError, AttributeError, IndexError):
+        yield f"{source}/model_index.json cannot be read; save the pipeline again"
+        return
+    name = index.get("_class_name", "")
+    if families and name not in families:
+        yield f"{source} holds a {name}, which is not supported; supported are {', '.join(sorted(families))}"
+    for part in parts:
+        if not (folder / part).is_dir():
+            yield f"{source} lacks its folder {part}, which model_index.json names; copy the whole pipeline"
+            continue
+        files = sorted((folder / part).iterdir())
+        safe = [file.name for file in files if file.suffix == ".safetensors"]
+        for file in files:
+            if file.suffix.lower() in PICKLED and not safe:
+                yield f"{source}/{part}/{file.name} {PICKLE}"
+        if variant and safe and not any(f".{variant}." in name for name in safe):
+            have = ", ".join(safe)
+            yield f"{source}/{part} has no weights of the variant {variant}, only {have}; leave model.variant out"
+
+
+def check_prompts(source: str) -> Iterator[str]:
+    """What is wrong with a prompt source: the embedded world or a text file with a prompt a line."""
+    if source == EMBEDDED_DATA:
+        return
+    path = Path(source)
+    if not path.exists():
+        yield _missing(source, "a text file with one prompt a line")
+    elif not path.is_file():
+        yield f"{source} is a folder; give a text file with one prompt a line, or {EMBEDDED_DATA}"
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            yield f"{source} is not text in UTF-8; give a text file with one prompt a line"
+            return
+        if not text.strip():
+            yield f"{source} is empty; write one prompt a line"
+
+
+def check_images(source: str) -> Iterator[str]:
+    """What is wrong with a picture source: the embedded world or a folder of captioned pictures."""
+    if source == EMBEDDED_DATA:
+        return
+    folder = Path(source)
+    if not folder.is_dir():
+        yield _missing(source, "a folder of pictures with a .txt caption beside each")
+        return
+    pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    if not pictures:
+        kinds = ", ".join(sorted(PICTURES))
+        yield f"{source} holds no pictures; put {kinds} files there, each with a .txt caption beside it"
+    bare = [str(file.relative_to(folder)) for file in pictures if not has_text(file.with_suffix(".txt"))]
+    if bare:
+        shown = ", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
+        yield (
+            f"{source} has {len(bare)} of {len(pictures)} pictures without a caption: {shown}; "
+            f"every picture needs one: write {Path(bare[0]).with_suffix('.txt')}, or move the picture away"
+        )
+
+
+def has_text(path: Path) -> bool:
+    """Whether a file exists and holds more than blanks."""
+    return path.is_file() and bool(path.read_bytes().strip())
+
+
+def _missing(source: str, wanted: str) -> str:
+    """The message for data that is not there."""
+    near = suggestion(source, [EMBEDDED_DATA])
+    return f"{source} does not exist (seen from {Path.cwd()}){near or f'; give {wanted}, or {EMBEDDED_DATA}'}"

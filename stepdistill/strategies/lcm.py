@@ -1,0 +1,73 @@
+"""Latent consistency distillation. Luo et al. 2023, arXiv:2310.04378 (Alg. 1); as a LoRA, arXiv:2311.05556."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..diffusion import like
+from ..fields import ranged
+from ..losses import pseudo_huber
+from ..sampling import Inference, trailing
+from .base import Strategy
+from .shared import renoises
+
+
+@dataclass
+class LCM(Strategy):
+    """The student learns to say from every point of the teacher's trajectory where that trajectory ends.
+
+    As a LoRA the guidance scale is drawn at random and not told (LCM-LoRA); a whole copy may be told it.
+    """
+
+    steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
+    grid: int = ranged(50, low=1, high=1000)  # solver steps N from noise to data; pairs start at its points
+    skip: int = ranged(1, low=1)  # intervals of the grid that one solver step jumps; the paper's k is 1000 skip / grid
+    guidance: tuple[float, float] = ranged((6.0, 16.0), low=1)  # range of the teacher's scale; the paper's w plus 1
+    huber: float = ranged(1e-3, above=0)  # constant c of the pseudo-Huber distance
+    ema: float | None = ranged(None, low=0, below=1)  # decay of the target network (0.95); null: the student itself
+    embed_guidance: float | None = ranged(None, low=1)  # tell the student its scale, and this one when it is sampled; null: no
+    renoise: bool | None = None  # sample with new noise after each step; null: on DDPM tables yes, on flow no
+
+    needs = frozenset({"x0"})
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("student",) if self.ema is None else ("student", "target")
+
+    def check(self):
+        if self.skip > self.grid:
+            yield f"skip: {self.skip} jumps over more than the whole grid of {self.grid}; set skip to at most grid"
+        if self.guidance[0] > self.guidance[1]:
+            yield f"guidance: {list(self.guidance)} is no range; write the smaller scale first"
+
+    def enter(self, roles, stage):
+        if "target" in roles:
+            roles.target.follow(roles.student)  # a LoRA's A is random: an average must start from the same A
+
+    def losses(self, roles, batch, draw):
+        x0, w = batch.x0, draw.uniform(*self.guidance)  # [B, ...], [B]
+        times = torch.tensor(roles.schedule.grid(self.grid), dtype=x0.dtype, device=x0.device)
+        n = draw.integer(1, self.grid + 1)
+        t, s = times[n], times[(n - self.skip).clamp(min=0)]  # [B], s < t
+        cond = batch.cond | {"guidance": w} if self.embed_guidance is not None else batch.cond
+
+        x_t = roles.noise(x0, t, batch.noise)
+        with torch.no_grad():
+            x_s = roles.move(roles.teacher.guided(x_t, t, batch.cond, batch.null, w), s)  # one step down the PF-ODE
+            target = roles["student" if self.ema is None else "target"](x_s, s, cond).x0
+            target = torch.where(like(s, x_s) == 0, x_s, target)  # the boundary: at t = 0 it ends where it is
+        loss = pseudo_huber(roles.student(x_t, t, cond).x0, target, self.huber)
+        yield "student", loss, {"consistency": loss}
+
+    def after_step(self, roles, moved):
+        if self.ema is not None and "student" in moved:
+            roles.target.follow(roles.student, self.ema)
+
+    def inference(self, schedule, steps=None):
+        return Inference(
+            hops=trailing(schedule.grid(steps or self.steps)),
+            renoise=renoises(self.renoise, schedule),
+            guidance=self.embed_guidance,
+        )

@@ -1,0 +1,58 @@
+"""Distillations of tiny pipelines on disk whose students are not their teachers, so that a lost adapter shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pipelines import sd, sd3
+
+from stepdistill.assemble import Distillation, assemble
+from stepdistill.recipe import dump_recipe, load_recipe
+
+
+
+def silent_sd3(shift: float):
+    """As the embedded teacher: from_pretrained wants a T5 encoder, so there is one that says nothing."""
+    pipe = sd3(with_t5=True, shift=shift)
+    torch.nn.init.zeros_(pipe.text_encoder_3.encoder.final_layer_norm.weight)
+    return pipe
+
+
+PIPELINES = {
+    "eps": lambda: sd("epsilon"),
+    "v": lambda: sd("v_prediction"),
+    "flow": lambda: silent_sd3(3.0),
+    "shift1": lambda: sd3(with_t5=True, shift=1.0),
+}
+PROMPTS = ["a large red circle", "a small blue star"]
+
+
+def student(folder: Path, teacher: str = "eps", *overrides: str, strategy: str = "{name: lcm}") -> Distillation:
+    """A run folder with a recipe and, beside it, a pipeline; returns its distillation, the student moved by noise."""
+    model, images, run = folder / f"model-{teacher}", folder / "images", folder / "run"
+    if not model.exists():
+        PIPELINES[teacher]().save_pretrained(model, safe_serialization=True)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    run.mkdir(exist_ok=True)
+    recipe = run / "recipe.yaml"
+    needs = "stepdistill/tiny" if "lcm" in strategy else "null"
+    recipe.write_text(
+        f"name: tiny\nmodel: {{source: {model}}}\nlora: {{rank: 4}}\nstrategy: {strategy}\n"
+        f"data: {{prompts: {prompts}, images: {needs}}}\ntrain: {{steps: 1}}\n"
+    )
+    made = assemble(load_recipe(recipe, overrides))
+    recipe.write_text(dump_recipe(made.recipe))
+    move(made)
+    return made
+
+
+@torch.no_grad()
+def move(distillation: Distillation, seed: int = 0) -> None:
+    """Add noise to all that the student learns; averages get other noise, so that a mix-up shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for who, role in distillation.roles.items():
+        if who.startswith("student"):
+            for p in role.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))

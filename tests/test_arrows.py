@@ -1,0 +1,182 @@
+"""Who may import whom (design: the house). Imports are read from the source, also those inside functions."""
+
+import ast
+from collections.abc import Iterable, Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import stepdistill
+
+ROOT = Path(stepdistill.__file__).parent
+MAKERS = {"tiny.make", "tiny.train_judge"}  # scripts that made the embedded world
+
+DOORS = {  # third-party package: the rooms that may import it
+    "yaml": {"recipe"},
+    "peft": {"roles"},
+    "accelerate": {"distributed"},
+    "diffusers": {"families", "samplers", "evaluate", "export", "inference", *MAKERS},
+    "transformers": {"families", "evaluate", *MAKERS},
+    "tensorboard": {"show"},
+    "wandb": {"show"},
+    "triton": set(),  # kernels/ only
+    "open_clip": {"evaluate"},
+    "lpips": {"evaluate"},
+    "torch_fidelity": {"evaluate"},
+    "torchmetrics": {"evaluate"},
+}
+PIPELINES = {"families", "export", "inference", *MAKERS}  # rooms that may import a pipeline class from diffusers
+
+NUMBERS = {"schedules", "diffusion", "losses", "batch", "attention"}  # pure maths
+MODEL = NUMBERS | {"roles", "sampling", "distributed", "fields", "errors"}
+MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by NEVER and by the lack of circles
+    **{room: NUMBERS for room in NUMBERS},
+    "errors": set(),
+    "fields": set(),
+    "sources": set(),
+    "listing": {"errors", "sources"},
+    "doctor": {"sources"},
+    "checkpoint": {"errors"},
+    "distributed": {"errors"},
+    "sections": {"fields", "sources", "errors"},
+    "recipe": {"errors", "fields", "listing", "sections", "sources", "families", "strategies"},
+    "roles": NUMBERS | {"errors"},  # and families.base, for types only
+    "sampling": NUMBERS | {"roles"},
+    "strategies": MODEL,
+    "families": NUMBERS | {"errors", "sources", "fields"},
+}
+NEVER = {  # room: rooms that it must not import
+    "trainer": {"evaluate", "export", "families", "tiny", "cli", "runs"},
+    "data": {"roles", "strategies", "trainer", "evaluate", "export", "cli", "runs"},
+    "evaluate": {"trainer", "cli", "runs"},
+    "export": {"trainer", "cli", "runs"},
+    "inference": {"trainer", "evaluate", "cli", "runs"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below `stepdistill`; a package by its folder's."""
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in ROOT.rglob("*.py")}
+    return {".".join(part for part in parts if part != "__init__"): path for parts, path in files.items()}
+
+
+MODULES = modules()
+
+
+def imports(name: str, source: str, package: bool = False) -> Iterator[tuple[str, str]]:
+    """What a module imports when it runs: (module, imported name), those of stepdistill with a leading dot."""
+    tree = ast.parse(source)
+    types_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in types_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = name.split(".")
+                up = here[: len(here) - node.level + package] if name else []
+                base = "." + ".".join([*up, *filter(None, [base])])
+            elif base.split(".")[0] == "stepdistill":
+                base = base.removeprefix("stepdistill") or "."
+            for alias in node.names:
+                inner = f"{base}.{alias.name}" if base != "." else f".{alias.name}"
+                yield (inner, "") if inner.removeprefix(".") in MODULES and base[0] == "." else (base, alias.name)
+
+
+def room(module: str) -> str:
+    return module.removeprefix(".").split(".")[0]
+
+
+def allowed(module: str, rooms: set[str]) -> bool:
+    return module in rooms or room(module) in rooms
+
+
+def read_imports(name: str) -> list[tuple[str, str]]:
+    """What a module of the package imports."""
+    path = MODULES[name]
+    return list(imports(name, path.read_text(encoding="utf-8"), path.name == "__init__.py"))
+
+
+def breaches(name: str, targets: Iterable[tuple[str, str]]) -> list[str]:
+    """The arrows that a module's imports break."""
+    found = []
+    for target, imported in targets:
+        inside = target.startswith(".")
+        here, there = room(name), room(target) if inside else target.split(".")[0]
+        if not inside:
+            there = "tensorboard" if target == "torch.utils.tensorboard" else there
+            if there in DOORS and not allowed(name, DOORS[there]):
+                found.append(f"{name} imports {there}: its door is {sorted(DOORS[there])}")
+            if there == "diffusers" and imported.endswith("Pipeline") and not allowed(name, PIPELINES):
+                found.append(f"{name} imports {imported}: pipelines belong to {sorted(PIPELINES)}")
+        elif here != there and there and name not in MAKERS:
+            if there not in MAY.get(here, {there}) or there in NEVER.get(here, ()):
+                found.append(f"{name} imports {target}")
+            if target.count(".") > 1 and there == "strategies" and target != ".strategies.base":
+                found.append(f"{name} imports {target}: only STRATEGIES knows particular strategies")
+            if target == ".tiny.judge" and here not in ("evaluate", "tiny"):
+                found.append(f"{name} imports {target}: the judge never enters training")
+            if there == "cli" and name != "__main__":
+                found.append(f"{name} imports the command line")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_arrows(name):
+    assert breaches(name, read_imports(name)) == []
+
+
+def test_no_circles_between_rooms():
+    arrows: dict[str, set[str]] = {}
+    for name in MODULES.keys() - MAKERS:
+        targets = {room(target) for target, _ in read_imports(name) if target.startswith(".")}
+        arrows.setdefault(room(name), set()).update(targets - {room(name), ""})
+    assert "recipe" in arrows["data"]  # the graph is not empty
+    list(TopologicalSorter(arrows).static_order())  # raises CycleError, which shows the circle
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("strategies.new", "from ..families.base import Family"),
+        ("strategies.new", "import diffusers"),
+        ("strategies.new", "def f():\n    from peft import LoraConfig"),
+        ("strategies.new", "from ..recipe import Recipe"),
+        ("strategies.new", "from stepdistill.trainer import Trainer"),
+        ("families.new", "from ..roles import Roles"),
+        ("families.new", "from .. import roles"),
+        ("trainer", "import yaml"),
+        ("trainer", "from .strategies.dmd2 import DMD2"),
+        ("trainer", "from .tiny.judge import Judge"),
+        ("data.new", "from ..tiny.judge import load_judge"),
+        ("evaluate.new", "from diffusers import StableDiffusionPipeline"),
+        ("roles", "from .families.base import Family"),
+        ("recipe", "from .trainer import Trainer"),
+        ("losses", "from .roles import Roles"),
+        ("runs", "from .cli import main"),
+    ],
+)
+def test_a_wrong_arrow_is_found(name, source):
+    assert breaches(name, imports(name, source))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("strategies.new", "from ..losses import surrogate\nfrom ..distributed import mean_over_ranks"),
+        ("roles", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .families.base import Family"),
+        ("families.new", "from diffusers import FluxPipeline"),
+        ("evaluate.new", "from diffusers import DDIMScheduler\nfrom ..tiny.judge import load_judge"),
+        ("recipe", "import yaml\nfrom .strategies import STRATEGIES"),
+    ],
+)
+def test_a_right_arrow_is_none(name, source):
+    assert breaches(name, imports(name, source)) == []
