@@ -33,10 +33,10 @@ def header(told: Serving) -> str:
     fields = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "base_model": told.model,
-        "base_model_relation": "adapter" if told.lora else "finetune",
         "tags": tags,
     }
+    if not Path(told.model).is_absolute():  # a folder is no name on the Hub
+        fields |= {"base_model": told.model, "base_model_relation": "adapter" if told.lora else "finetune"}
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
 
 
@@ -66,6 +66,7 @@ def snippet(told: Serving) -> str:
     if form not in WHOLE:
         lines.append(f'pipe.load_lora_weights(here, weight_name="{file}")')
     lines += [
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         f'pipe.scheduler = {scheduler}.from_pretrained(f"{{here}}/scheduler")',
         "image = pipe(",
         f"    {json.dumps(told.prompts[0], ensure_ascii=False)},",
@@ -94,7 +95,7 @@ def notes(told: Serving) -> str:
         low, high = told.lora["scale_range"]
         lines.append(
             f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} to "
-            f"{high:g} (`pipe.set_adapters(pipe.get_active_adapters(), [{high:g}])`)."
+            f"{high:g} (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)."
         )
     if Path(told.base).is_dir():
         lines.append(f"The base model (`{told.model}`) is a folder of the machine that exported this; mend its path elsewhere.")

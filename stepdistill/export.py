@@ -31,7 +31,7 @@ from .lora_files import NAME, kohya_header, kohya_state, peft_state
 from .sampling import sample
 
 FORMATS = ("diffusers", "kohya", "fused")
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05}  # largest difference of latents, by the base's dtype
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # by the base's dtype; of what, `distance` says
 
 
 class ExportMismatch(RuntimeError):
@@ -177,7 +177,7 @@ def check_export(distillation: Distillation, out: Path) -> str:
     Two prompts, the same initial noise, and the same noise at every step, compared as latents.
 
     Raises:
-        ExportMismatch: the largest difference exceeds TOLERANCE.
+        ExportMismatch: their distance exceeds TOLERANCE.
     """
     told, worst = read_export(out), 0.0
     shape = (len(told.prompts), *distillation.family.latent_shape(told.resolution, told.resolution))
@@ -185,7 +185,7 @@ def check_export(distillation: Distillation, out: Path) -> str:
     ours = trainers_latents(distillation, told, noise)
     for form, file in told.files.items():
         theirs = stock_latents(open_export(out, told, form), told, noise)
-        off = (theirs - ours).abs().max().item()
+        off = distance(theirs, ours, told.dtype)
         if not off <= TOLERANCE[told.dtype]:
             why = "; ".join(differences(distillation, told, out)) or "the files hold what they should"
             raise ExportMismatch(
@@ -194,6 +194,13 @@ def check_export(distillation: Distillation, out: Path) -> str:
             )
         worst = max(worst, off)
     return f"checked: {', '.join(told.files.values())} in stock diffusers gives the trainer's latents to {worst:.1e}"
+
+
+def distance(theirs: Tensor, ours: Tensor, dtype: str) -> float:
+    """The largest difference; in half precision, where stock schedulers round every step, root mean squares instead:
+    of the difference, relative to that of the latents (measured: 0.015 in bfloat16, 0.002 in float16)."""
+    off = theirs - ours
+    return (off.abs().max() if dtype == "float32" else off.square().mean().sqrt() / ours.square().mean().sqrt()).item()
 
 
 SEED = 1  # of the noise between steps

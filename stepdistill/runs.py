@@ -16,7 +16,7 @@ from .data import build_batches
 from .errors import Diverged, UserError
 from .evaluate.grid import Samples
 from .evaluate.table import evaluate
-from .export import check_export, write_export
+from .export import write_card, write_export
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
 from .trainer import Trainer
@@ -80,10 +80,10 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
         line.say(f"going on from {start} at step {trainer.at}")
     loop(run, trainer, line)
 
-    write_export(distillation, run.export)
-    line.say(f"exported to {run.export}: {check_export(distillation, run.export)}")
+    line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
     if recipe.eval.n:
         evaluate(distillation, run.folder / "eval", line)
+        write_card(run.export, run.folder)
     return run
 
 

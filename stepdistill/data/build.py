@@ -63,20 +63,26 @@ def captioned(source: str, count: int | None, side: int) -> tuple[list[str], Ite
     if source == EMBEDDED_DATA:
         told = scenes(count or TINY_COUNT, TINY_SEED, "seen")
         chunks = (draw(told[i : i + 64], TINY_SEED * 1_000_000 + i).images for i in range(0, len(told), 64))
-        return [scene.caption for scene in told], chunks
+        fitted = (np.stack([fit(Image.fromarray(image), side) for image in images]) for images in chunks)
+        return [scene.caption for scene in told], fitted
     paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in PICTURES)[:count]
     captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
     return captions, (np.stack([read_picture(path, side) for path in paths[i : i + 8]]) for i in range(0, len(paths), 8))
 
 
 def read_picture(path: Path, side: int) -> np.ndarray:
-    """A picture as uint8 [side, side, 3]: the shorter edge resized to side (Lanczos), then the centre."""
+    """A picture of a file, fitted."""
     with Image.open(path) as picture:
-        picture = picture.convert("RGB")
-        scale = side / min(picture.size)
-        width, height = (max(side, round(edge * scale)) for edge in picture.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        return np.asarray(picture.resize((width, height), Image.LANCZOS).crop((left, top, left + side, top + side)))
+        return fit(picture.convert("RGB"), side)
+
+
+def fit(picture: Image.Image, side: int) -> np.ndarray:
+    """uint8 [side, side, 3]: the shorter edge resized to side (Lanczos), then the centre."""
+    scale = side / min(picture.size)
+    width, height = (max(side, round(edge * scale)) for edge in picture.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    resized = picture if picture.size == (width, height) else picture.resize((width, height), Image.LANCZOS)
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
 @torch.no_grad()

@@ -309,8 +309,8 @@ def new_unet() -> nn.Module:
         sample_size=CELLS,
         in_channels=LATENTS,
         out_channels=LATENTS,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 128),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
@@ -335,7 +335,7 @@ def new_ddpm_scheduler():
     )
 
 
-def make_sd(work: Path, steps: int = 5000, batch: int = 64) -> None:
+def make_sd(work: Path, steps: int = 5400, batch: int = 64) -> None:
     """tiny-sd's UNet: mean squared error in v at uniform timesteps."""
     torch.manual_seed(2)
     net, draw_batch, (_, _, encoder) = new_unet(), teacher_batches(work, batch), load_parts(work)
@@ -376,7 +376,7 @@ def new_transformer() -> nn.Module:
     return net
 
 
-def make_sd3(work: Path, steps: int = 4500, batch: int = 64) -> None:
+def make_sd3(work: Path, steps: int = 4400, batch: int = 48) -> None:
     """tiny-sd3's transformer: mean squared error in the velocity at logit-normal times, arXiv:2403.03206, Sec. 3.1."""
     from ..families.sd3 import T5_TOKENS, CountedAttention
 

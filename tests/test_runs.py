@@ -1,0 +1,115 @@
+"""A run as its user meets it: one command that goes on where it stopped, and refuses what it must."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from students import student
+
+from stepdistill.cli import main
+from stepdistill.errors import UserError
+from stepdistill.recipe import load_recipe
+from stepdistill.runs import Run, train
+from stepdistill.strategies import LCM
+
+QUICK = ("data.count=8", "train.batch=4", "train.steps=4", "train.save_every=2", "eval.every=2", "eval.n=0", "eval.steps=[2, 1]")
+
+
+@pytest.fixture
+def recipe_file(tmp_path, monkeypatch):
+    student(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run" / "recipe.yaml"
+
+
+def recipe(file, *overrides):
+    return load_recipe(file, (*QUICK, *overrides))
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    from stepdistill.checkpoint import latest, load
+
+    return load(latest(run.checkpoints))[0]
+
+
+def test_a_run_writes_what_the_contract_names_and_then_says_it_is_finished(recipe_file, capsys):
+    run = train(recipe(recipe_file))
+    assert run.folder.name == "tiny" and run.finished
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"seconds", "student/consistency", "student/grad_norm", "student/lr"} <= lines[0].keys()
+    assert sorted(p.name for p in (run.folder / "samples").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["000002", "000004"]
+    for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "stepdistill.json", "README.md"):
+        assert (run.export / name).is_file()
+    capsys.readouterr()
+    assert train(recipe(recipe_file)).folder == run.folder
+    assert "finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_the_same_command_ends_as_if_it_had_not_stopped(recipe_file, monkeypatch, number):
+    whole = train(recipe(recipe_file), "whole")
+    honest = LCM.losses
+
+    def losses(self, roles, batch, draw):
+        if draw.step == 2:
+            os.kill(os.getpid(), number)
+        yield from honest(self, roles, batch, draw)
+
+    monkeypatch.setattr(LCM, "losses", losses)
+    command = ["train", str(recipe_file), *QUICK, "train.save_every=100", "--output", "stopped"]
+    assert main(command) == 130
+    monkeypatch.setattr(LCM, "losses", honest)
+    stopped = Run(recipe_file.parents[1] / "stopped")
+    assert stopped.step == 3
+    assert main(command) == 0
+    assert all(torch.equal(x, weights(stopped)[name]) for name, x in weights(whole).items())
+    steps = [json.loads(line)["step"] for line in (stopped.folder / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_key(recipe_file):
+    train(recipe(recipe_file))
+    with pytest.raises(UserError, match="train.batch"):
+        train(recipe(recipe_file, "train.batch=2"))
+    longer = train(recipe(recipe_file, "train.steps=5", "eval.every=0", "train.save_every=1"))
+    assert longer.step == 5
+
+
+def test_never_moves_the_old_run_aside(recipe_file):
+    run = train(recipe(recipe_file, "train.steps=2"))
+    log = (run.folder / "log.jsonl").read_text()
+    train(recipe(recipe_file, "train.steps=1"), resume="never")
+    assert run.step == 1
+    assert (run.folder.with_name("tiny.old-1") / "log.jsonl").read_text() == log
+
+
+def test_resume_from_nowhere_is_refused(recipe_file):
+    with pytest.raises(UserError, match="no checkpoint there"):
+        train(recipe(recipe_file), resume="nowhere")
+
+
+def test_divergence_ends_with_3_names_the_player_and_keeps_a_finite_state(recipe_file, monkeypatch, capsys):
+    honest = LCM.losses
+
+    def losses(self, roles, batch, draw):
+        for who, loss, logs in honest(self, roles, batch, draw):
+            yield who, loss / 0 if draw.step == 3 else loss, logs
+
+    monkeypatch.setattr(LCM, "losses", losses)
+    assert main(["train", str(recipe_file), *QUICK]) == 3
+    said = capsys.readouterr().err
+    assert "player student" in said and "step 3" in said
+    run = Run(recipe_file.parents[1] / "runs" / "tiny")
+    assert run.step == 3
+    assert all(torch.isfinite(x).all() for x in weights(run).values())
+
+
+def test_an_adapter_that_changes_nothing_is_named(recipe_file, capsys):
+    train(recipe(recipe_file, "optim.student_lr=1e-30"))
+    assert "still equals the teacher" in capsys.readouterr().err

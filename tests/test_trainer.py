@@ -1,0 +1,177 @@
+"""The loop: who moves, what is logged, resuming bit for bit, stopping before damage."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from students import student
+
+from stepdistill.data import build_batches
+from stepdistill.errors import Diverged
+from stepdistill.strategies import LCM
+from stepdistill.trainer import Trainer
+
+QUICK = ("data.count=12", "train.batch=4", "train.steps=4", "optim.student_lr=1e-2", "optim.critic_lr=1e-2")
+STRATEGIES = {"lcm": "{name: lcm, guidance: [1, 3], ema: 0.9}", "dmd2": "{name: dmd2, student_every: 2, guidance: 2}"}
+
+
+def trainer(folder, *overrides, strategy="lcm", teacher="eps") -> Trainer:
+    distillation = student(folder, teacher, *QUICK, *overrides, strategy=STRATEGIES[strategy])
+    return Trainer(distillation, build_batches(distillation.recipe, distillation.family))
+
+
+def weights(made: Trainer) -> dict[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in made.distillation.tensors().items()}
+
+
+def base_weights(made: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in made.roles.teacher.net.named_parameters() if "lora_" not in name}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lora", ["{rank: 4}", "null"])
+def test_the_teacher_stays_bit_identical_while_its_roles_move(tmp_path, strategy, lora):
+    made = trainer(tmp_path, f"lora={lora}", strategy=strategy)
+    base, before = base_weights(made), weights(made)
+    for _ in range(3):
+        made.step()
+    assert all(torch.equal(x, base[name]) for name, x in base_weights(made).items())
+    after = weights(made)
+    for role in made.strategy.roles:
+        changed = [not torch.equal(after[name], before[name]) for name in before if name.startswith(f"roles/{role}/")]
+        assert any(changed), role
+
+
+@pytest.mark.parametrize("teacher", ["v", "flow"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpointing_changes_no_log_and_no_weight(tmp_path, strategy, teacher):
+    plain, replayed = (
+        trainer(tmp_path, f"train.checkpointing={on}", strategy=strategy, teacher=teacher) for on in ("false", "true")
+    )
+    for _ in range(3):
+        assert plain.step() == replayed.step()
+    assert all(torch.equal(x, weights(replayed)[name]) for name, x in weights(plain).items())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lora", ["{rank: 4}", "null"])
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, strategy, lora):
+    overrides = (f"lora={lora}", "train.ema=0.9", "optim.schedule=cosine", "optim.warmup=2")
+    whole = trainer(tmp_path, *overrides, strategy=strategy)
+    logs = [whole.step() for _ in range(4)]
+
+    first = trainer(tmp_path, *overrides, strategy=strategy)
+    for _ in range(2):
+        first.step()
+    path = first.save(tmp_path / "checkpoints")
+    second = trainer(tmp_path, *overrides, strategy=strategy)
+    second.load(path)
+    assert [second.step() for _ in range(2)] == logs[2:]
+    assert all(torch.equal(x, weights(second)[name]) for name, x in weights(whole).items())
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
+    """Adam hides the scale of a gradient, so the logged norm and loss are compared too."""
+    whole, parts = (trainer(tmp_path, f"train.accumulate={n}") for n in (1, 4))
+    for _ in range(2):
+        one, four = whole.step(), parts.step()
+        assert one.keys() == four.keys()
+        for name, value in one.items():
+            assert four[name] == pytest.approx(value, rel=2e-4), name
+
+
+def test_only_who_got_a_loss_moves(tmp_path):
+    made = trainer(tmp_path, "train.ema=0.5", strategy="dmd2")
+    made.step()  # both
+    before = weights(made)
+    logs = made.step()  # the critic alone
+    after = weights(made)
+    assert not any(name.startswith("student/") for name in logs)
+    for name, x in before.items():
+        assert torch.equal(x, after[name]) == (not name.startswith("roles/fake/")), name
+
+
+def test_gradients_of_every_player_are_clipped(tmp_path):
+    """SGD in place of Adam, whose step would not show it."""
+    made = trainer(tmp_path, "optim.clip=1e-3", strategy="dmd2")
+    made.open(0)
+    made.optimizers = {who: torch.optim.SGD(params, lr=1.0) for who, params in made.params.items()}
+    made.rate = lambda who: 1.0
+    before = weights(made)
+    logs = made.step()
+    for who, role in (("student", "student"), ("critic", "fake")):
+        moved = [(weights(made)[name] - x).square().sum() for name, x in before.items() if name.startswith(f"roles/{role}/")]
+        assert logs[f"{who}/grad_norm"] > 1e-3
+        assert math.sqrt(sum(moved)) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_learning_rates_warm_up_and_follow_the_cosine(tmp_path):
+    made = trainer(tmp_path, "train.steps=8", "optim.warmup=2", "optim.schedule=cosine", "optim.student_lr=0.01")
+    rates = []
+    for made.at in range(8):
+        rates.append(made.rate("student"))
+    assert rates[0] == pytest.approx(0.005)
+    assert rates[4] == pytest.approx(0.005)
+    assert rates[7] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+def test_the_average_follows_the_student(tmp_path):
+    made = trainer(tmp_path, "train.ema=0.99")
+    made.roles["student_ema"].follow(made.roles.student)
+    start = weights(made)
+    made.step()
+    after = weights(made)
+    decay = min(0.99, 1 / 10)  # the shorter memory of step 0
+    for name in made.roles.student.named_parameters():
+        old, new = start[f"roles/student/{name}"], after[f"roles/student/{name}"]
+        torch.testing.assert_close(after[f"roles/student_ema/{name}"], decay * old + (1 - decay) * new)
+
+
+@pytest.mark.parametrize(("poison", "named"), [("loss", "the loss"), ("gradient", "lora_A")])
+def test_a_non_finite_loss_or_gradient_moves_nobody(tmp_path, monkeypatch, poison, named):
+    made = trainer(tmp_path)
+    made.open(0)
+    before, honest = weights(made), LCM.losses
+
+    def losses(self, roles, batch, draw):
+        for who, loss, logs in honest(self, roles, batch, draw):
+            if poison == "loss":
+                yield who, loss * math.nan, logs
+            else:
+                p = next(p for name, p in roles.student.named_parameters().items() if "lora_A" in name)
+                yield who, loss + (p - p.detach()).abs().sum().sqrt(), logs  # finite, with an infinite slope
+
+    monkeypatch.setattr(LCM, "losses", losses)
+    with pytest.raises(Diverged, match=named) as caught:
+        made.step()
+    assert (caught.value.player, caught.value.step) == ("student", 0)
+    assert all(torch.equal(x, before[name]) for name, x in weights(made).items())
+
+
+def test_yielding_inside_no_grad_is_refused(tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+
+    def losses(self, roles, batch, draw):
+        with torch.no_grad():
+            yield "student", torch.zeros(()), {}
+
+    monkeypatch.setattr(LCM, "losses", losses)
+    with pytest.raises(RuntimeError, match="inside no_grad"):
+        made.step()
+    torch.set_grad_enabled(True)
+
+
+def test_a_loss_that_reaches_nothing_is_refused(tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    stranger = torch.zeros((), requires_grad=True)
+    monkeypatch.setattr(LCM, "losses", lambda self, roles, batch, draw: iter([("student", stranger * 1, {})]))
+    with pytest.raises(RuntimeError, match="reaches none of its parameters"):
+        made.step()
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path):
+    one, same, other = (trainer(tmp_path, f"train.seed={seed}").step() for seed in (0, 0, 1))
+    assert one == same
+    assert one["student/consistency"] != other["student/consistency"]
