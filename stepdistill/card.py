@@ -52,10 +52,10 @@ def about(told: Serving) -> str:
 def snippet(told: Serving) -> str:
     """Python that needs diffusers alone, and runs in the folder of the card."""
     form, file = next(iter(told.files.items()))
-    scheduler, extra = told.sampler.scheduler, "".join(
-        f", {name}={json.dumps(value)}" for name, value in (("revision", told.revision), ("variant", told.variant)) if value
-    )
-    source = f'f"{{here}}/{file}"' if form in WHOLE else json.dumps(told.base) + extra
+    scheduler, options = told.sampler.scheduler, {"revision": told.revision, "variant": told.variant}
+    source = json.dumps(told.base) + "".join(f", {name}={json.dumps(x)}" for name, x in options.items() if x)
+    if form in WHOLE:
+        source = f'f"{{here}}/{file}"'
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted([scheduler, told.pipeline]))}",
@@ -94,11 +94,11 @@ def notes(told: Serving) -> str:
     if told.lora:
         low, high = told.lora["scale_range"]
         lines.append(
-            f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} to "
-            f"{high:g} (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)."
+            f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} "
+            f"to {high:g} (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)."
         )
     if Path(told.base).is_dir():
-        lines.append(f"The base model (`{told.model}`) is a folder of the machine that exported this; mend its path elsewhere.")
+        lines.append(f"`{told.base}` is a folder of the machine that exported this; elsewhere, mend the path.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -117,7 +117,7 @@ def settings(told: Serving) -> str:
     text = _table(table)
     if any("saved, with" in row[1] for row in table):
         name = told.sampler.scheduler
-        text += f"\n\n*saved, with x=y* is `{name}.from_pretrained(f\"{{here}}/scheduler\", x=y)`."
+        text += f'\n\n*saved, with x=y* is `{name}.from_pretrained(f"{{here}}/scheduler", x=y)`.'
     return text + "\n\n`-` means that no equivalent is known. All of it, for programs, is in `stepdistill.json`."
 
 

@@ -1,10 +1,10 @@
-"""From a trained student to files that stock diffusers, ComfyUI and A1111 load, and the proof that they are the student.
+"""From a trained student to files that stock diffusers, ComfyUI and A1111 load, and the proof that they are it.
 
-    export/pytorch_lora_weights.safetensors   diffusers: prefixed PEFT keys, float32, alpha equal to rank
-           <name>_kohya.safetensors           ComfyUI, A1111, Forge, sd-scripts (families that need it)
-           fused/ or pipeline/                a whole pipeline: the LoRA merged, or (lora: null) the trained copy
-           scheduler/scheduler_config.json
-           stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
+pytorch_lora_weights.safetensors   diffusers: prefixed PEFT keys, float32, alpha equal to rank
+<name>_kohya.safetensors           ComfyUI, A1111, Forge, sd-scripts (families that need it)
+fused/ or pipeline/                a whole pipeline: the LoRA merged, or (lora: null) the trained copy
+scheduler/scheduler_config.json
+stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_export(
     """Write the export beside `out`, check it, and only then put it in the place of an older one; returns the finding.
 
     Args:
-        formats: of FORMATS; None: all LoRA files that the family has, or the whole pipeline where the whole net was trained.
+        formats: of FORMATS; None: all LoRA files that the family has; the whole pipeline if the whole net was trained.
         run: whose figures and sample grid the card shows; None: the run folder that `out` lies in, if it does.
 
     Raises:
@@ -99,7 +99,9 @@ def names(distillation: Distillation, formats: Sequence[str] | None) -> dict[str
     files = {"diffusers": NAME, "kohya": f"{recipe.name}_kohya.safetensors", "fused": "fused"}
     if recipe.lora is None:
         for form in set(formats or ()) - {"diffusers"}:
-            raise UserError(f"format {form} needs a LoRA, but lora is null: the whole pipeline is exported; leave it out")
+            raise UserError(
+                f"format {form} needs a LoRA, but lora is null, so a whole pipeline is written; leave it out"
+            )
         return {"pipeline": "pipeline"}
     fits = [form for form in FORMATS if form != "kohya" or family.kohya_prefix]
     for form in formats or ():
@@ -160,7 +162,7 @@ def student_state(distillation: Distillation) -> dict[str, Tensor]:
 
 
 def write_card(out: Path, run: Path | None = None) -> None:
-    """(Re)write an export's README.md; with the figures in run/eval and the newest grid in run/samples, if run is a run."""
+    """(Re)write an export's README.md, with figures of run/eval and the newest grid of run/samples if run is a run."""
     results = []
     if run is not None and (run / "recipe.yaml").is_file():
         results = [json.loads(file.read_text()) for file in sorted((run / "eval").glob("*.json"))]
@@ -189,8 +191,8 @@ def check_export(distillation: Distillation, out: Path) -> str:
         if not off <= TOLERANCE[told.dtype]:
             why = "; ".join(differences(distillation, told, out)) or "the files hold what they should"
             raise ExportMismatch(
-                f"{out / file} in a stock {told.pipeline} does not give the trainer's samples: latents differ by {off:.2g}, "
-                f"allowed is {TOLERANCE[told.dtype]:g}. {why}. Versions: {told.versions}"
+                f"{out / file} in a stock {told.pipeline} does not give the trainer's samples: latents differ by "
+                f"{off:.2g}, allowed is {TOLERANCE[told.dtype]:g}. {why}. Versions: {told.versions}"
             )
         worst = max(worst, off)
     return f"checked: {', '.join(told.files.values())} in stock diffusers gives the trainer's latents to {worst:.1e}"
@@ -242,5 +244,6 @@ def differences(distillation: Distillation, told: Serving, out: Path) -> Iterato
         yield f"scheduler_config.json differs in {', '.join(keys)}"
     if "diffusers" in told.files:
         there, state = load_file(out / told.files["diffusers"]), student_state(distillation)
-        if keys := sorted(k for k in {*there, *state} if k not in there or k not in state or not there[k].equal(state[k])):
-            yield f"{len(keys)} of {len(state)} LoRA tensors differ, the first is {keys[0]}"
+        off = [key for key in state if key not in there or not there[key].equal(state[key])] + [*(there.keys() - state)]
+        if off:
+            yield f"{len(off)} of {len(state)} LoRA tensors differ, the first is {off[0]}"

@@ -1,6 +1,6 @@
-"""How a student must be sampled with its stock pipeline: one object, `Serving`, behind the export, its card and its check.
+"""How a student must be sampled with its stock pipeline: one object, `Serving`, behind export, card, check, `sample`.
 
-It is also what `stepdistill.json`, the sidecar of an export, holds; so an export can be opened and sampled from its folder.
+It is what `stepdistill.json`, the sidecar of an export, holds; so an export can be opened and sampled from its folder.
 """
 
 from __future__ import annotations
@@ -108,8 +108,10 @@ class Serving:
 def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     """How this distillation's student is sampled in `steps` (None: the strategy's own number).
 
+    It needs no weights: called before training, it refuses a student that could not be exported.
+
     Raises:
-        UserError: it cannot be sampled in that many, or no stock scheduler can do it. So this may be called before training.
+        UserError: it cannot be sampled in that many steps, or no stock scheduler can do it.
     """
     recipe, family = distillation.recipe, distillation.family
     how = distillation.inference(steps)
@@ -202,7 +204,7 @@ def load_pipeline(run_folder: Path | str, steps: int | None = None) -> diffusers
 
     Args:
         run_folder: a run folder, or an export folder.
-        steps: evaluations (None: the student's own number); give pipe(...) the `arguments` of `read_export(...).at(steps)`.
+        steps: evaluations; None: the student's own number. What pipe(...) then needs is `read_export(...).arguments`.
 
     Raises:
         UserError: nothing is exported there, or the student does not work in that many steps.

@@ -1,9 +1,9 @@
 """LoRA weights as other programs name them: pure functions from named tensors to named tensors and file headers.
 
-Rules and the failures behind them: the prefixed PEFT keys are what diffusers loads, unmixed with any other spelling (a mixed
-file silently loses modules, diffusers issue 14548); alpha equals rank, which every loader assumes when it is told nothing,
-so the diffusers file needs neither alphas nor adapter metadata, whose fields older peft versions refuse. Weights stay
-float32, as they were trained: loaders cast them to the network's type, and fp16 would round small ones to zero.
+Rules and the failures behind them: the prefixed PEFT keys are what diffusers loads, unmixed with any other spelling (a
+mixed file silently loses modules, diffusers issue 14548); alpha equals rank, which every loader assumes when it is told
+nothing, so the diffusers file needs neither alphas nor adapter metadata, whose fields older peft versions refuse.
+Weights stay float32, as trained: loaders cast them to the network's type, and fp16 would round small ones to zero.
 """
 
 from __future__ import annotations
@@ -61,5 +61,6 @@ def kohya_header(state: Mapping[str, Tensor], told: Serving, text_width: int, ki
         "sshs_model_hash": hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest(),  # tensors alone
     }
     if text_width in BASES:
-        header["modelspec.architecture"], header["ss_base_model_version"] = f"{BASES[text_width][0]}/lora", BASES[text_width][1]
+        architecture, version = BASES[text_width]
+        header |= {"modelspec.architecture": f"{architecture}/lora", "ss_base_model_version": version}
     return header

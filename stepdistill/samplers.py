@@ -1,8 +1,8 @@
-"""Stock schedulers that walk exactly the hops of a student: proposed by rule, then tried on numbers against our own maths.
+"""Stock schedulers that walk exactly the hops of a student: proposed by rule, then tried on numbers against our maths.
 
-Known of diffusers 0.42, each found by trying: LCMScheduler with original_inference_steps equal to its table's length visits
-round(T k / N) - 1 for every N that divides T (with 100 it does so for 1, 2, 4, 5, but not for 8); DDIMScheduler steps down
-by T // N, so that it leaves its own trailing grid where N does not divide T.
+Known of diffusers 0.42, each found by trying: LCMScheduler with original_inference_steps equal to its table's length T
+visits round(T k / N) - 1 for every N that divides T (with 100 it does for 1, 2, 4 and 5, but not for 8); DDIMScheduler
+steps down by T // N, so that it leaves its own trailing grid where N does not divide T.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def refuse(how: Inference) -> None:
     if any(hop.scale != 1 for hop in how.hops):
         raise ValueError("the sampler guides some steps; a distilled student is sampled unguided")
     if how.told is not None and any(hop.time != how.told for hop in how.hops):
-        raise ValueError(f"the network hears time {how.told} at every step, and stock schedulers tell it each step's own")
+        raise ValueError(f"the network hears time {how.told} at every step; stock schedulers tell it each step's own")
 
 
 def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any], how: Inference) -> Iterator[Sampler]:
@@ -89,7 +89,7 @@ def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any]
                 f"write {timestep / last:.6g}, which is {timestep}"
             )
     table = {key: config[key] for key in TABLE if key in config} | {"prediction_type": NAMES[kind]}
-    table |= {"clip_sample": False, "steps_offset": 1}  # offset: unused by these grids, but pipelines mend any other value
+    table |= {"clip_sample": False, "steps_offset": 1}  # no grid below uses the offset, but SD mends any other value
     grid, listed = {"num_inference_steps": n}, {"num_inference_steps": n, "timesteps": timesteps}
     if how.renoise:
         for original in (last + 1, n):
@@ -119,9 +119,9 @@ def on_flow(schedule: RectifiedFlow, config: Mapping[str, Any], how: Inference) 
 def flow_shift(shift: float, n: int, size: int) -> float:
     """The `shift` of a flow scheduler whose n sigmas, once stretched to their last, are those of a teacher's `shift`.
 
-    Its grid is linspace(1, e) with e = shift(1/size), then shifted, then stretched affinely about 1. Such a grid and the one
-    that is wanted, shift(1 - k/n), are both 1 - k / (a - b k): equal once their ends are and b/a is. With s for the shift
-    sought and S for the given one: (s - 1)(1 - 1/size) S n = s (1 + (s - 1)/size) (S - 1)(n - 1). S = 1 gives 1.
+    Its grid is linspace(1, e), e = shift(1/size), then shifted, then stretched affinely about 1. Such a grid, and the
+    one that is wanted, shift(1 - k/n), are both 1 - k / (a - b k): equal once their ends are and b/a is. With s for the
+    shift that is sought and S for the given one, (s - 1)(1 - 1/size) S n = s (1 + (s - 1)/size) (S - 1)(n - 1).
     """
     a, b = (n - 1) * (shift - 1), (1 - 1 / size) * shift * n
     half = b - a * (1 - 1 / size)
@@ -160,8 +160,8 @@ def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference) 
 def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[str, Any]]:
     """What to choose in ComfyUI and A1111 to load a LoRA with, where their `simple` grid is exactly ours.
 
-    ComfyUI's takes entry 999 - int(k 1000 / n) of 1000 for k = 0, 1, ... (comfy/samplers.py); A1111's LCM sampler has every
-    20th entry only (sd_samplers_lcm.py). Tables that predict other than eps need settings of the model: left out.
+    ComfyUI's takes entry 999 - int(k 1000 / n) of 1000 for k = 0, 1, ... (comfy/samplers.py); A1111's LCM sampler has
+    every 20th entry only (sd_samplers_lcm.py). Tables that predict other than eps need settings of the model: left out.
     """
     n, times = len(how.hops), [hop.time for hop in how.hops]
     entries = [999 - int(k * 1000 / n) for k in range(n)]

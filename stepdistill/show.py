@@ -53,7 +53,7 @@ class Log:
 
     def __init__(self, folder: Path, at: int):
         path = folder / "log.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _step(line) < at] if path.is_file() else []
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= at] if path.is_file() else []
         path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a")
         self.board = _board(folder)

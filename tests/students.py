@@ -11,7 +11,6 @@ from stepdistill.assemble import Distillation, assemble
 from stepdistill.recipe import dump_recipe, load_recipe
 
 
-
 def silent_sd3(shift: float):
     """As the embedded teacher: from_pretrained wants a T5 encoder, so there is one that says nothing."""
     pipe = sd3(with_t5=True, shift=shift)
@@ -30,7 +29,7 @@ PROMPTS = ["a large red circle", "a small blue star"]
 
 def student(folder: Path, teacher: str = "eps", *overrides: str, strategy: str = "{name: lcm}") -> Distillation:
     """A run folder with a recipe and, beside it, a pipeline; returns its distillation, the student moved by noise."""
-    model, images, run = folder / f"model-{teacher}", folder / "images", folder / "run"
+    model, run = folder / f"model-{teacher}", folder / "run"
     if not model.exists():
         PIPELINES[teacher]().save_pretrained(model, safe_serialization=True)
     prompts = folder / "prompts.txt"

@@ -1,0 +1,1 @@
+"""The embedded world: drawings with captions, a judge that reads them, teachers that were trained on them."""

@@ -118,33 +118,57 @@ def new_autoencoder() -> nn.Module:
 
 
 def make_autoencoder(work: Path, steps: int = 2000, crops: int = 96, wholes: int = 24) -> None:
-    """Reconstruct crops around objects, and for the last third of the steps whole pictures.
-
-    The error is heavier where colours are (on objects), in pixels and in their differences, with a small KL term.
-    """
+    """Reconstruct crops around objects, and for the last third of the steps whole pictures; with a small KL term."""
     torch.manual_seed(0)
     net, (_, drawn) = new_autoencoder(), pictures(work)
-    images = drawn.images
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([step, 3])
-        if step < 2 * steps // 3:
-            x = to_net(np.stack([crop(drawn, rng) for _ in range(crops)]))
-        else:
-            x = to_net(images[np.sort(rng.integers(len(images), size=wholes))])
+        x = to_net(some_crops(drawn, rng, crops) if step < 2 * steps // 3 else some_wholes(drawn, rng, wholes))
         posterior = net.encode(x).latent_dist
         y = net.decode(posterior.sample()).sample
-        weight = 1 + 4 * (x.amax(1, keepdim=True) - x.amin(1, keepdim=True))  # saturated pixels belong to objects
-        gap = y - x
-        pixels = (weight * (gap.abs() + 2 * gap.square())).mean()
-        edges = sum(torch.diff(gap, dim=d).abs().mean() for d in (2, 3))
-        return pixels + edges + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        return unlikeness(y, x) + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
     net = fit("autoencoder", net, loss, steps, 2e-3, work)
     with torch.no_grad():
         chunks = (to_net(images[i : i + 64]) for i in range(0, 2048, 64))
         whiten(net, torch.cat([net.encode(chunk).latent_dist.mean for chunk in chunks]))
     net.save_pretrained(work / "vae")
+
+
+def make_decoder(work: Path, steps: int = 1200, crops: int = 64, wholes: int = 16) -> None:
+    """Sharpen the decoder while the latents stay as they are."""
+    vae = load_parts(work)[0]
+    decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+    decoder, (_, drawn) = copy.deepcopy(decoder).requires_grad_(True), pictures(work)
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng([step, 4])
+        x = to_net(some_crops(drawn, rng, crops) if step % 2 else some_wholes(drawn, rng, wholes))
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mean
+            z = z + 0.05 * torch.randn_like(z)  # teachers' samples are not exact either
+        return unlikeness(decoder["decoder"](decoder["post_quant_conv"](z)), x)
+
+    decoder = fit("decoder", decoder, loss, steps, 1.5e-3, work)
+    vae.decoder.load_state_dict(decoder["decoder"].state_dict())
+    vae.post_quant_conv.load_state_dict(decoder["post_quant_conv"].state_dict())
+    vae.save_pretrained(work / "vae")
+
+
+def unlikeness(y: Tensor, x: Tensor) -> Tensor:
+    """Error of pictures y against x, [N, 3, H, W]: heavier where colours are (on objects), in pixels and differences."""
+    weight, gap = 1 + 4 * (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)), y - x
+    edges = sum(torch.diff(gap, dim=d).abs().mean() for d in (2, 3))
+    return (weight * (gap.abs() + 2 * gap.square())).mean() + edges
+
+
+def some_wholes(drawn: Drawings, rng: np.random.Generator, n: int) -> np.ndarray:
+    return drawn.images[np.sort(rng.integers(len(drawn.images), size=n))]
+
+
+def some_crops(drawn: Drawings, rng: np.random.Generator, n: int) -> np.ndarray:
+    return np.stack([crop(drawn, rng) for _ in range(n)])
 
 
 def crop(drawn: Drawings, rng: np.random.Generator, side: int = 32) -> np.ndarray:
@@ -440,6 +464,7 @@ def pack(work: Path) -> None:
 
 STAGES: dict[str, Callable[[Path], None]] = {
     "autoencoder": make_autoencoder,
+    "decoder": make_decoder,
     "text": make_text,
     "latents": make_latents,
     "sd": make_sd,

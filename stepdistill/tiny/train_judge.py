@@ -25,7 +25,7 @@ SEED_CHECK = 13  # drawings that neither the judge nor a teacher trains on
 BLUR, NOISE, MOTTLE = 1.2, 0.10, 0.12  # at strength 1: pixels; spread of white and of coarse noise, on [-1, 1]
 
 
-def make_judge(work: Path, steps: int = 2000, batch: int = 64) -> None:
+def make_judge(work: Path, steps: int = 1600, batch: int = 64) -> None:
     """Fit, set the unit of the features, write float16 weights to the package."""
     torch.manual_seed(0)
     pool, drawn = pictures(work)

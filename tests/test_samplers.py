@@ -1,0 +1,141 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from worlds import SD_SCHEDULER
+
+from stepdistill.families.base import read_kind, read_schedule
+from stepdistill.samplers import TOLERANCE, Sampler, deviation, find_sampler
+from stepdistill.sampling import Hop, Inference, trailing
+
+TEACHERS = {
+    "eps": DDIMScheduler(**SD_SCHEDULER, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    "v": DDIMScheduler(**SD_SCHEDULER, prediction_type="v_prediction"),
+    "flow": FlowMatchEulerDiscreteScheduler(),
+    "shift3": FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+GRIDS = {  # the timesteps that a trailing grid of the table of 1000 visits
+    1: [999],
+    2: [999, 499],
+    4: [999, 749, 499, 249],
+    8: [999, 874, 749, 624, 499, 374, 249, 124],
+}
+SIGMAS = {
+    "flow": {1: [1], 2: [1, 0.5], 4: [1, 0.75, 0.5, 0.25], 8: [k / 8 for k in range(8, 0, -1)]},
+    "shift3": {1: [1], 2: [1, 0.75], 4: [1, 0.9, 0.75, 0.5], 8: [3 * k / (8 + 2 * k) for k in range(8, 0, -1)]},
+}
+
+
+def find(teacher, n, renoise=True, **how):
+    scheduler = TEACHERS[teacher] if isinstance(teacher, str) else teacher
+    schedule = read_schedule(scheduler)
+    hops = how.pop("hops", None) or trailing(schedule.grid(n))
+    return find_sampler(schedule, read_kind(scheduler), scheduler.config, Inference(hops, renoise, **how))
+
+
+@pytest.mark.parametrize("n", GRIDS)
+@pytest.mark.parametrize("teacher", ["eps", "v"])
+@pytest.mark.parametrize(("renoise", "kind"), [(True, "LCMScheduler"), (False, "DDIMScheduler")])
+def test_table_grids_need_no_arguments(teacher, renoise, kind, n):
+    sampler = find(teacher, n, renoise)
+    scheduler = sampler.build()
+    scheduler.set_timesteps(n)
+    assert (sampler.scheduler, sampler.call) == (kind, {"num_inference_steps": n})
+    assert scheduler.timesteps.tolist() == GRIDS[n]
+    assert not scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("teacher", ["flow", "shift3"])
+@pytest.mark.parametrize("renoise", [True, False])
+def test_flow_grids_need_no_arguments(teacher, renoise, n):
+    sampler = find(teacher, n, renoise)
+    scheduler = sampler.build()
+    scheduler.set_timesteps(n)
+    assert sampler.scheduler == ("FlowMatchLCMScheduler" if renoise else "FlowMatchEulerDiscreteScheduler")
+    assert sampler.call == {"num_inference_steps": n}
+    assert scheduler.sigmas.tolist() == pytest.approx([*SIGMAS[teacher][n], 0], abs=1e-6)
+    assert scheduler.timesteps.tolist() == pytest.approx([1000 * s for s in SIGMAS[teacher][n]], abs=1e-3)
+
+
+def test_the_plain_flow_config_is_the_documented_one():
+    assert {key: find("flow", 4, False).config[key] for key in ("shift", "shift_terminal")} == {
+        "shift": 1.0,
+        "shift_terminal": 0.25,
+    }
+    assert find("flow", 1, False).config["shift_terminal"] is None  # a stretch to 1 divides by zero
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("renoise", [True, False])
+def test_every_number_of_steps_is_served(teacher, renoise):
+    for n in (3, 5, 6, 7, 16, 50):
+        assert find(teacher, n, renoise).call["num_inference_steps"] == n  # what is found has been tried on numbers
+
+
+def test_times_of_ones_own():
+    assert find("eps", 1, hops=(Hop(399 / 999),)).call["timesteps"] == [399]  # DMD2's one step of SDXL
+    assert find("eps", 3).call["timesteps"] == [999, 666, 332]
+    flow = find("flow", 2, hops=(Hop(0.9338), Hop(0.6)), renoise=True)
+    assert flow.call["sigmas"] == [0.9338, 0.6] and flow.config["shift"] == 1
+    assert find("eps", 2, False, hops=(Hop(1.0), Hop(500 / 999))).scheduler == "DPMSolverMultistepScheduler"
+
+
+def test_the_table_is_the_teachers():
+    teacher = EulerDiscreteScheduler(beta_start=0.001, beta_end=0.01, beta_schedule="linear")
+    table = find(teacher, 4).build().alphas_cumprod
+    assert torch.equal(table, teacher.alphas_cumprod)
+    assert not torch.allclose(table, find("eps", 4).build().alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "n", "renoise", "sampler", "why"),
+    [
+        ("eps", 8, True, Sampler("LCMScheduler", {**SD_SCHEDULER, "original_inference_steps": 100}, {}), "879, not 874"),
+        ("eps", 4, True, Sampler("LCMScheduler", SD_SCHEDULER, {}), "759, not 749"),
+        ("eps", 6, False, Sampler("DDIMScheduler", {**SD_SCHEDULER, "timestep_spacing": "trailing"}, {}), "T // N"),
+        ("eps", 4, False, Sampler("DDIMScheduler", {**SD_SCHEDULER, "timestep_spacing": "leading"}, {}), "from 751"),
+        ("eps", 4, False, Sampler("EulerDiscreteScheduler", {**SD_SCHEDULER, "timestep_spacing": "trailing"}, {}), "sigma"),
+        ("v", 4, True, Sampler("LCMScheduler", {**SD_SCHEDULER, "original_inference_steps": 4}, {}), "reads v as eps"),
+        ("flow", 4, False, Sampler("FlowMatchEulerDiscreteScheduler", {}, {}), "ends at 0.001"),
+        ("flow", 4, False, Sampler("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {"sigmas": SIGMAS["flow"][4]}), "shifts"),
+        ("flow", 4, False, Sampler("FlowMatchLCMScheduler", {"shift_terminal": 0.25}, {}), "draws noise"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_wrong_scheduler_is_found_out(teacher, n, renoise, sampler, why):
+    schedule, kind = read_schedule(TEACHERS[teacher]), read_kind(TEACHERS[teacher])
+    sampler = Sampler(sampler.scheduler, sampler.config, {"num_inference_steps": n} | sampler.call)
+    assert deviation(sampler, schedule, kind, Inference(trailing(schedule.grid(n)), renoise)) > 10 * TOLERANCE
+
+
+def test_clipping_is_found_out():
+    schedule, how = read_schedule(TEACHERS["eps"]), Inference(trailing(read_schedule(TEACHERS["eps"]).grid(4)), False)
+    for clip, off in ((True, True), (False, False)):
+        config = {**SD_SCHEDULER, "timestep_spacing": "trailing", "clip_sample": clip}
+        sampler = Sampler("DDIMScheduler", config, {"num_inference_steps": 4})
+        assert (deviation(sampler, schedule, "eps", how) > TOLERANCE) == off
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"hops": (Hop(1.0), Hop(0.75))}, "time 0.75 is timestep 749.25.*write 0.74975, which is 749"),
+        ({"hops": (Hop(1.0, "student_1"), Hop(0.5, "student_2"))}, "asks student_1, student_2"),
+        ({"hops": (Hop(1.0, scale=3.0),)}, "guides"),
+        ({"hops": (Hop(1.0), Hop(499 / 999)), "told": 1.0}, "hears time 1.0 at every step"),
+    ],
+)
+def test_what_no_stock_pipeline_can_do_is_refused(how, told):
+    with pytest.raises(ValueError, match=told):
+        find("eps", 2, **how)
+
+
+def test_words_of_other_programs_are_told_only_where_they_are_exact():
+    comfy = {"sampler": "lcm", "scheduler": "simple", "cfg": 1.0}
+    assert find("eps", 4).comfyui == comfy and find("eps", 4).a1111 is None  # A1111 visits 999, 759, 499, 259
+    assert find("eps", 2).a1111 == {"sampler": "LCM", "schedule type": "Simple", "cfg scale": 1.0}
+    assert find("eps", 3).comfyui is None  # `simple` visits 333, not 332
+    assert find("eps", 4, False).comfyui == comfy | {"sampler": "euler"}
+    assert find("v", 4).comfyui is None
+    assert find("shift3", 4, False).comfyui == comfy | {"sampler": "euler", "shift": 3.0}
+    assert find("flow", 2, hops=(Hop(0.9), Hop(0.6))).comfyui is None
