@@ -116,7 +116,7 @@ def restore(run: Path) -> Distillation:
     newest = checkpoint.latest(run / "checkpoints")
     if newest is None:
         raise UserError(f"{run} has no checkpoint yet; train it first: stepdistill train {run / 'recipe.yaml'}")
-    loaded = assemble(load_recipe(run / "recipe.yaml"))
+    loaded = assemble(load_recipe(run / "recipe.yaml", data=False))
     loaded.load(checkpoint.load(newest)[0])
     return loaded
 

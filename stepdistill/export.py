@@ -31,7 +31,7 @@ from .lora_files import NAME, kohya_header, kohya_state, peft_state
 from .sampling import sample
 
 FORMATS = ("diffusers", "kohya", "fused")
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}  # by the base's dtype; of what, `distance` says
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # by the base's dtype; of what, `distance` says
 
 
 class ExportMismatch(RuntimeError):
@@ -195,12 +195,15 @@ def check_export(distillation: Distillation, out: Path) -> str:
                 f"{off:.2g}, allowed is {TOLERANCE[told.dtype]:g}. {why}. Versions: {told.versions}"
             )
         worst = max(worst, off)
-    return f"checked: {', '.join(told.files.values())} in stock diffusers gives the trainer's latents to {worst:.1e}"
+    unit = "" if told.dtype == "float32" else f" of their size ({told.dtype})"
+    return (
+        f"checked: {' and '.join(told.files.values())}, in stock diffusers: the trainer's latents to {worst:.1e}{unit}"
+    )
 
 
 def distance(theirs: Tensor, ours: Tensor, dtype: str) -> float:
     """The largest difference; in half precision, where stock schedulers round every step, root mean squares instead:
-    of the difference, relative to that of the latents (measured: 0.015 in bfloat16, 0.002 in float16)."""
+    of the difference, relative to that of the latents (of tiny networks 0.008 in bfloat16, 0.001 in float16)."""
     off = theirs - ours
     return (off.abs().max() if dtype == "float32" else off.square().mean().sqrt() / ours.square().mean().sqrt()).item()
 

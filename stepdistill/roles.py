@@ -1,4 +1,4 @@
-"""Teacher, student, fake score and their averages: one network seen through several LoRA adapters, or whole copies of it.
+"""Teacher, student, fake score and their averages: one network seen through several LoRA adapters, or whole copies.
 
 The only module that knows PEFT. A role is a callable, `Denoiser`; strategies see nothing else.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,21 +26,25 @@ if TYPE_CHECKING:
     from .families.base import Family
 
 
-@contextmanager
-def wearing(module: nn.Module, adapter: str | None) -> Iterator[None]:
+class wearing:
     """Run module with exactly one adapter active, or (None) as the bare base; what was worn before comes back on exit.
 
-    PEFT's own `set_adapter` also flips requires_grad, and a leaf whose requires_grad is off when backward runs loses its
-    gradient without a word. So this sets the two flags that a layer's forward reads, and nothing else.
+    PEFT's own `set_adapter` also flips requires_grad, and a leaf whose requires_grad is off when backward runs loses
+    its gradient without a word. So this sets the two flags that a layer's forward reads, and nothing else. It can be
+    entered again after it was left: each backward pass through one checkpointed forward does so.
     """
-    layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
-    before = [(m._disable_adapters, m._active_adapter) for m in layers]
-    for m in layers:
-        m._disable_adapters, m._active_adapter = adapter is None, [] if adapter is None else [adapter]
-    try:
-        yield
-    finally:
-        for m, (disabled, active) in zip(layers, before, strict=True):
+
+    def __init__(self, module: nn.Module, adapter: str | None):
+        self.layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+        self.adapter, self.active = adapter, [] if adapter is None else [adapter]
+
+    def __enter__(self) -> None:
+        self.before = [(m._disable_adapters, m._active_adapter) for m in self.layers]
+        for m in self.layers:
+            m._disable_adapters, m._active_adapter = self.adapter is None, self.active
+
+    def __exit__(self, *_exception: object) -> None:
+        for m, (disabled, active) in zip(self.layers, self.before, strict=True):
             m._disable_adapters, m._active_adapter = disabled, active
 
 
@@ -70,7 +74,7 @@ def enable_checkpointing(net: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """One role: a family's network seen through one adapter, a whole copy, or (neither) the frozen base, the teacher."""
+    """One role: a family's network through one adapter, a whole copy of it, or (neither) the frozen base, the teacher."""
 
     family: Family
     net: nn.Module
@@ -96,7 +100,7 @@ class Denoiser:
         device, precision = x_t.device.type, self.precision
         with wearing(self.net, self.adapter), torch.autocast(device, precision, enabled=precision is not None):
             raw = self.family.forward(self.net, x_t, t if told is None else told, cond)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))  # x0 from eps amplifies errors 14.6 times at SD's end
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))  # x0 from eps amplifies errors 14.6 times at t = 1
         return read(self.kind, raw, x_t.to(raw.dtype), *self.family.schedule.alpha_sigma(t.to(raw.dtype)))
 
     def guided(

@@ -17,6 +17,7 @@ from .errors import Diverged, UserError
 from .evaluate.grid import Samples
 from .evaluate.table import evaluate
 from .export import write_card, write_export
+from .inference import serving
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
 from .trainer import Trainer
@@ -32,7 +33,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        return load_recipe(self.folder / "recipe.yaml")
+        return load_recipe(self.folder / "recipe.yaml", data=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -74,6 +75,9 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
 
     distillation = assemble(recipe)
+    for steps in recipe.eval.steps:  # what cannot be sampled, or not by a stock pipeline, is refused before any work
+        distillation.inference(steps)
+    serving(distillation)
     trainer = Trainer(distillation, build_batches(recipe, distillation.family, line.report))
     if start is not None:
         trainer.load(start)

@@ -48,10 +48,8 @@ def find_sampler(schedule: Schedule, kind: Kind, config: Mapping[str, Any], how:
         ValueError: a stock pipeline cannot do what `how` says; the message says why.
     """
     refuse(how)
-    if isinstance(schedule, RectifiedFlow):
-        proposals = on_flow(schedule, config, how)
-    else:
-        proposals = on_table(schedule, kind, config, how)
+    flow = isinstance(schedule, RectifiedFlow)
+    proposals = on_flow(schedule, config, how) if flow else on_table(schedule, kind, config, how)
     tried = []
     for sampler in proposals:
         off = deviation(sampler, schedule, kind, how)

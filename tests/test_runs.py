@@ -16,7 +16,10 @@ from stepdistill.recipe import load_recipe
 from stepdistill.runs import Run, train
 from stepdistill.strategies import LCM
 
-QUICK = ("data.count=8", "train.batch=4", "train.steps=4", "train.save_every=2", "eval.every=2", "eval.n=0", "eval.steps=[2, 1]")
+QUICK = (
+    *("data.count=8", "train.batch=4", "train.steps=4", "train.save_every=2"),
+    *("eval.every=2", "eval.n=0", "eval.steps=[2, 1]"),
+)
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_a_stopped_run_saves_and_the_same_command_ends_as_if_it_had_not_stopped(
 
 def test_another_recipe_in_the_same_folder_is_refused_by_key(recipe_file):
     train(recipe(recipe_file))
-    with pytest.raises(UserError, match="train.batch"):
+    with pytest.raises(UserError, match=r"train\.batch"):
         train(recipe(recipe_file, "train.batch=2"))
     longer = train(recipe(recipe_file, "train.steps=5", "eval.every=0", "train.save_every=1"))
     assert longer.step == 5

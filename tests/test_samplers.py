@@ -87,24 +87,27 @@ def test_the_table_is_the_teachers():
     assert not torch.allclose(table, find("eps", 4).build().alphas_cumprod)
 
 
+LCM, DDIM, EULER, FLOW = "LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
+
+
 @pytest.mark.parametrize(
-    ("teacher", "n", "renoise", "sampler", "why"),
+    ("teacher", "n", "renoise", "scheduler", "config", "call"),
     [
-        ("eps", 8, True, Sampler("LCMScheduler", {**SD_SCHEDULER, "original_inference_steps": 100}, {}), "879, not 874"),
-        ("eps", 4, True, Sampler("LCMScheduler", SD_SCHEDULER, {}), "759, not 749"),
-        ("eps", 6, False, Sampler("DDIMScheduler", {**SD_SCHEDULER, "timestep_spacing": "trailing"}, {}), "T // N"),
-        ("eps", 4, False, Sampler("DDIMScheduler", {**SD_SCHEDULER, "timestep_spacing": "leading"}, {}), "from 751"),
-        ("eps", 4, False, Sampler("EulerDiscreteScheduler", {**SD_SCHEDULER, "timestep_spacing": "trailing"}, {}), "sigma"),
-        ("v", 4, True, Sampler("LCMScheduler", {**SD_SCHEDULER, "original_inference_steps": 4}, {}), "reads v as eps"),
-        ("flow", 4, False, Sampler("FlowMatchEulerDiscreteScheduler", {}, {}), "ends at 0.001"),
-        ("flow", 4, False, Sampler("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {"sigmas": SIGMAS["flow"][4]}), "shifts"),
-        ("flow", 4, False, Sampler("FlowMatchLCMScheduler", {"shift_terminal": 0.25}, {}), "draws noise"),
+        pytest.param("eps", 8, True, LCM, {"original_inference_steps": 100}, {}, id="visits 879, not 874"),
+        pytest.param("eps", 4, True, LCM, {}, {}, id="visits 759, not 749"),
+        pytest.param("eps", 6, False, DDIM, {"timestep_spacing": "trailing"}, {}, id="steps down by T // N"),
+        pytest.param("eps", 4, False, DDIM, {"timestep_spacing": "leading"}, {}, id="starts at 751"),
+        pytest.param("eps", 4, False, EULER, {"timestep_spacing": "trailing"}, {}, id="wants noise of another size"),
+        pytest.param("v", 4, True, LCM, {"original_inference_steps": 4}, {}, id="reads v as eps"),
+        pytest.param("flow", 4, False, FLOW, {}, {}, id="ends at 0.001"),
+        pytest.param("flow", 4, False, FLOW, {"shift": 3.0}, {"sigmas": SIGMAS["flow"][4]}, id="shifts again"),
+        pytest.param("flow", 4, False, "FlowMatchLCMScheduler", {"shift_terminal": 0.25}, {}, id="draws noise"),
     ],
-    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_a_wrong_scheduler_is_found_out(teacher, n, renoise, sampler, why):
+def test_a_wrong_scheduler_is_found_out(teacher, n, renoise, scheduler, config, call):
     schedule, kind = read_schedule(TEACHERS[teacher]), read_kind(TEACHERS[teacher])
-    sampler = Sampler(sampler.scheduler, sampler.config, {"num_inference_steps": n} | sampler.call)
+    table = {} if kind == "flow" else SD_SCHEDULER
+    sampler = Sampler(scheduler, table | config, {"num_inference_steps": n} | call)
     assert deviation(sampler, schedule, kind, Inference(trailing(schedule.grid(n)), renoise)) > 10 * TOLERANCE
 
 

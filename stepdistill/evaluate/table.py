@@ -18,6 +18,7 @@ from ..assemble import Distillation, restore
 from ..show import Line
 from ..sources import EMBEDDED_DATA
 from .grid import teacher_scale
+from .shipped import shipped
 from .tiny import evaluate_tiny, floor
 from .walks import SOLVERS, Walk, sampler, student_walk, teacher_walk
 
@@ -31,8 +32,6 @@ def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
     if recipe.data.prompts != EMBEDDED_DATA:
         line.say(f"no table: figures are measured on the embedded world (data.prompts: {EMBEDDED_DATA}) only")
         return []
-    from .teachers import shipped
-
     rows = shipped(recipe.model.source, recipe.eval.n)
     if rows is None:
         line.say("the teacher's figures do not ship for this model: measuring them (25 steps take the most)")

@@ -1,4 +1,4 @@
-"""The embedded teachers' own figures, which ship so that nobody has to wait for them.
+"""Measures the embedded teachers' own figures (see `shipped`).
 
     python -m stepdistill.evaluate.teachers stepdistill/tiny-sd --guidance 3
 
@@ -8,31 +8,15 @@ measures them anew and writes `stepdistill/tiny/<teacher>/figures.json`, keyed b
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from pathlib import Path
 
 from ..assemble import assemble
 from ..recipe import load_recipe
 from ..show import Line
 from ..sources import embedded_models
-from .table import Row, best_rows, provenance, render, teacher_rows
+from .shipped import key
+from .table import best_rows, provenance, render, teacher_rows
 from .tiny import floor
-
-
-def key(folder: Path) -> str:
-    """Changes when any file of the teacher does."""
-    return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()
-
-
-def shipped(source: str, n: int) -> list[Row] | None:
-    """The figures of an embedded teacher over n pictures; None if there are none for these weights and this n."""
-    folder = embedded_models().get(source)
-    path = folder and folder / "figures.json"
-    if not path or not path.is_file():
-        return None
-    figures = json.loads(path.read_text())
-    return figures["rows"] if figures["key"] == key(folder) and figures["n"] == n else None
 
 
 def main() -> None:

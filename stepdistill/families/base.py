@@ -85,7 +85,7 @@ class Family(ABC):
             ValueError: this pipeline's stock network has no such input.
         """
         raise ValueError(
-            f"{self.pipeline} cannot embed a guidance scale in its network; set strategy.embed_guidance to false"
+            f"{self.pipeline} cannot embed a guidance scale in its network; set strategy.embed_guidance to null"
         )
 
 

@@ -101,5 +101,5 @@ class DMD2(Strategy):
     def inference(self, schedule, steps=None):
         hops = trailing(schedule.grid(self.steps)) if self.times is None else tuple(map(Hop, self.times))
         if self.steps % (steps or self.steps):
-            raise ValueError(f"a DMD2 student of {self.steps} steps cannot be sampled in {steps}; use a divisor of {self.steps}")
+            raise ValueError(f"a DMD2 student of {self.steps} steps cannot take {steps}; use a divisor of {self.steps}")
         return Inference(hops[:: self.steps // (steps or self.steps)], renoise=renoises(self.renoise, schedule))

@@ -131,7 +131,7 @@ def make_autoencoder(work: Path, steps: int = 2000, crops: int = 96, wholes: int
 
     net = fit("autoencoder", net, loss, steps, 2e-3, work)
     with torch.no_grad():
-        chunks = (to_net(images[i : i + 64]) for i in range(0, 2048, 64))
+        chunks = (to_net(drawn.images[i : i + 64]) for i in range(0, 2048, 64))
         whiten(net, torch.cat([net.encode(chunk).latent_dist.mean for chunk in chunks]))
     net.save_pretrained(work / "vae")
 
@@ -287,13 +287,15 @@ def make_text(work: Path, steps: int = 500, batch: int = 192) -> None:
 
 
 def load_parts(work: Path):
-    """The frozen autoencoder, tokenizer and text encoder that both teachers share."""
+    """The frozen autoencoder, tokenizer and text encoder that both teachers share: those of the work folder, or, to train
+    a teacher beside those that ship, of the package."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-    vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
-    encoder = CLIPTextModelWithProjection.from_pretrained(work / "text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    home = work if (work / "vae").is_dir() else Path(__file__).parent / "tiny-sd3"
+    vae = AutoencoderKL.from_pretrained(home / "vae").float().to(memory_format=torch.channels_last)
+    encoder = CLIPTextModelWithProjection.from_pretrained(home / "text_encoder").float()
+    tokenizer = CLIPTokenizer.from_pretrained(home / "tokenizer")
     return vae.requires_grad_(False).eval(), tokenizer, encoder.requires_grad_(False).eval()
 
 
@@ -435,8 +437,13 @@ def new_silent_t5():
 
 def pack(work: Path) -> None:
     """Write the two pipelines, in half precision, beside this file, with the checksums that `stepdistill doctor` reads."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel
 
     vae, tokenizer, encoder = load_parts(work)

@@ -1,0 +1,339 @@
+"""Exports are loaded by plain diffusers in another process, and must give there what the student gives here."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from students import PROMPTS, student
+
+from stepdistill import checkpoint, export
+from stepdistill.card import card
+from stepdistill.errors import UserError
+from stepdistill.export import ExportMismatch, check_export, export_run, trainers_latents, write_card, write_export
+from stepdistill.inference import read_export, sample_run
+from stepdistill.sampling import sample
+
+CASES = {  # teacher, strategy, overrides
+    "lcm-eps": ("eps", "{name: lcm}", ["train.ema=0.9"]),
+    "dmd2-v": ("v", "{name: dmd2}", []),
+    "ddim-eps": ("eps", "{name: dmd2, renoise: false}", []),
+    "lcm-flow": ("flow", "{name: lcm}", []),
+    "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
+    "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
+    "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
+}
+PLAIN = """
+import json, os, pathlib, re, sys
+sys.modules["stepdistill"] = None  # importing it raises ImportError
+import torch, diffusers
+diffusers.utils.logging.disable_progress_bar()
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    os.chdir(folder)
+    job = json.loads(pathlib.Path("job.json").read_text())
+    noise = torch.load("noise.pt")
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(job["model"], dtype=torch.float32)
+    if job["lora"]: pipe.load_lora_weights(".")
+    pipe.scheduler = getattr(diffusers, job["scheduler"]).from_pretrained("scheduler")
+    run = lambda **how: pipe(job["prompts"], num_inference_steps=4, guidance_scale=job["guidance_scale"], **how).images
+
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.manual_seed(1)
+    torch.save(run(latents=noise, generator=generator, output_type="latent"), "latents.pt")
+    exec(re.search("```python\\n(.*?)```", pathlib.Path("README.md").read_text(), re.S)[1], {})
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Case -> distillation, export folder."""
+    found = {}
+    for case, (teacher, strategy, overrides) in CASES.items():
+        folder = tmp_path_factory.mktemp(case)
+        distillation = student(folder, teacher, *overrides, strategy=strategy)
+        write_export(distillation, folder / "run" / "export")
+        found[case] = distillation, folder / "run" / "export"
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(made, tmp_path_factory):
+    """Case -> a copy of its export in which plain diffusers has worked: latents.pt, picture.png."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    for case, (_, out) in made.items():
+        told = read_export(out)
+        shutil.copytree(out, place / case)
+        job = {
+            "model": told.model if told.lora else "pipeline",
+            "lora": bool(told.lora),
+            "scheduler": told.sampler.scheduler,
+            "prompts": PROMPTS,
+            "guidance_scale": told.call["guidance_scale"],
+        }
+        (place / case / "job.json").write_text(json.dumps(job))
+        torch.save(noise(), place / case / "noise.pt")
+    script = place.with_name("plain.py")
+    script.write_text(PLAIN)
+    done = subprocess.run([sys.executable, "-I", script, place], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {case: place / case for case in made}
+
+
+def noise():
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_diffusers_gives_the_trainers_samples(made, plain, case):
+    distillation, out = made[case]
+    ours = trainers_latents(distillation, read_export(out), noise())
+    theirs = torch.load(plain[case] / "latents.pt")
+    assert (theirs - ours).abs().max() <= 1e-4
+    distillation.roles["student"], kept = distillation.roles.teacher, distillation.roles.student
+    averaged = distillation.roles.pop("student_ema", None)
+    try:
+        if "told" not in case:  # the teacher has no such input
+            teacher = trainers_latents(distillation, read_export(out), noise())
+            assert (theirs - teacher).abs().max() > 1e-2  # so the student is not its teacher
+    finally:
+        distillation.roles["student"] = kept
+        if averaged:
+            distillation.roles["student_ema"] = averaged
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cards_snippet_draws_what_sample_draws(made, plain, case, tmp_path):
+    drawn = sample_run(made[case][1], PROMPTS[0], out=tmp_path / "x.png")
+    assert drawn.read_bytes() == (plain[case] / "picture.png").read_bytes()
+
+
+def test_the_trainers_side_of_the_check_is_sample(made):
+    """With noise of the test's own, not that of `trainers_latents`."""
+    distillation, out = made["ddim-eps"]
+    cond = distillation.family.encode_prompts(PROMPTS)
+    plainly = sample(distillation.students(), distillation.inference(), noise(), cond)
+    assert torch.equal(plainly, trainers_latents(distillation, read_export(out), noise()))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", ["lcm-eps", "lcm-flow"])
+def test_other_numbers_of_steps(made, case, n):
+    distillation, out = made[case]
+    told = read_export(out).at(n)
+    pipe = export.open_export(out, told, "diffusers")
+    roles, cond = distillation.students(), distillation.family.encode_prompts(list(told.prompts))
+    generator = torch.Generator().manual_seed(export.SEED)
+    draw = lambda x: torch.randn(x.shape, generator=generator)  # noqa: E731
+    ours = sample(roles, distillation.inference(n), noise(), cond, draw)
+    assert (export.stock_latents(pipe, told, noise()) - ours).abs().max() <= 1e-4
+
+
+def test_the_diffusers_file(made):
+    distillation, out = made["lcm-eps"]
+    assert {p.name for p in out.iterdir()} == {
+        *("README.md", "pytorch_lora_weights.safetensors", "tiny_kohya.safetensors", "scheduler", "stepdistill.json"),
+    }
+    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
+        header, keys = file.metadata(), list(file.keys())
+        tensors = {key: file.get_tensor(key) for key in keys}
+    assert all(re.fullmatch(r"unet\.[a-z0-9_.]+\.lora_[AB]\.weight", key) for key in keys)
+    assert header.keys() == {"format", "stepdistill.inference"}  # neither adapter metadata nor alphas
+    assert json.loads(header["stepdistill.inference"]) == json.loads((out / "stepdistill.json").read_text())
+    average = distillation.roles.student_ema.named_parameters()
+    assert tensors.keys() == {f"unet.{name}" for name in average}
+    for name, p in average.items():  # the average is what was exported, not the student
+        assert torch.equal(tensors[f"unet.{name}"], p) and tensors[f"unet.{name}"].dtype == torch.float32
+    assert all(x.shape[0] == 4 for key, x in tensors.items() if "lora_A" in key)  # alpha = rank is what loaders assume
+
+
+def test_the_kohya_file(made):
+    _, out = made["lcm-eps"]
+    state = load_file(out / "tiny_kohya.safetensors")
+    modules = {key.rsplit(".", 2 if key.endswith("weight") else 1)[0] for key in state}
+    peft = {key.split(".lora_")[0] for key in load_file(out / "pytorch_lora_weights.safetensors")}
+    assert modules == {"lora_" + name.replace(".", "_") for name in peft}
+    for module in modules:
+        down, up, alpha = (state[f"{module}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+        assert alpha.shape == () and alpha.item() == down.shape[0] == up.shape[1] == 4
+    convolution = state["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"]
+    assert convolution.shape == (4, 8, 3, 3)
+    with safe_open(out / "tiny_kohya.safetensors", "pt") as file:
+        header = file.metadata()
+    assert "lora_adapter_metadata" not in header  # beside alphas diffusers refuses it
+    assert header["ss_network_dim"] == "4" and header["ss_network_module"] == "networks.lora"
+    assert header["modelspec.usage_hint"].startswith("4 steps, sampler lcm, scheduler simple, cfg 1.0")
+    assert "modelspec.architecture" not in header  # the text of this base is 16 wide: no base that is known
+
+
+def test_the_kohya_file_gives_the_same_samples(made):
+    _, out = made["lcm-eps"]
+    told = read_export(out)
+    a, b = (export.stock_latents(export.open_export(out, told, form), told, noise()) for form in told.files)
+    assert list(told.files) == ["diffusers", "kohya"] and (a - b).abs().max() <= 1e-5
+
+
+def test_fused(made, tmp_path):
+    distillation, _ = made["lcm-flow"]
+    finding = write_export(distillation, tmp_path / "e", ("fused",))
+    assert re.fullmatch("checked: fused, in stock diffusers: the trainer's latents to .*", finding)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "e" / "fused", dtype=torch.float32)
+    assert not hasattr(pipe.transformer, "peft_config")
+    assert "fused" in (tmp_path / "e" / "README.md").read_text()
+
+
+def test_a_whole_pipeline_leaves_the_teachers_alone(made):
+    distillation, out = made["lcm-told-guidance"]
+    assert {p.name for p in out.iterdir()} == {"README.md", "pipeline", "scheduler", "stepdistill.json"}
+    assert not list(out.rglob("*.bin"))
+    assert distillation.family.pipe.unet.config.time_cond_proj_dim is None
+    assert not isinstance(distillation.family.pipe.scheduler, LCMScheduler)
+    assert json.loads((out / "pipeline/unet/config.json").read_text())["time_cond_proj_dim"] == 256
+
+
+def test_restored_from_a_checkpoint(made, tmp_path, capsys):
+    distillation, out = made["lcm-eps"]
+    checkpoint.save(out.parent / "checkpoints", 1, distillation.tensors(), {}, keep=1)
+    assert export_run(out.parent, ("diffusers",), tmp_path / "again") == tmp_path / "again"
+    assert capsys.readouterr().out.startswith("checked: pytorch_lora_weights.safetensors, in stock diffusers")
+    again, before = (load_file(place / "pytorch_lora_weights.safetensors") for place in (tmp_path / "again", out))
+    assert all(torch.equal(again[key], before[key]) for key in before)
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    distillation, out = made["lcm-eps"]
+    return distillation, shutil.copytree(out, tmp_path / "export")
+
+
+def spoil_a_tensor(out):
+    state = load_file(out / "pytorch_lora_weights.safetensors")
+    state["unet.conv_norm"] = state.pop(key := next(key for key in state if "lora_B" in key))
+    save_file({k: x for k, x in state.items() if k != "unet.conv_norm"} | {key: -state["unet.conv_norm"]}, out / FILE)
+
+
+def lose_a_module(out):
+    state = load_file(out / FILE)
+    module = next(iter(state)).split(".lora_")[0]
+    save_file({key: x for key, x in state.items() if not key.startswith(module + ".lora_")}, out / FILE)
+
+
+def another_scheduler(out):
+    file = out / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace('"original_inference_steps": 1000', '"original_inference_steps": 50'))
+
+
+def another_kohya_alpha(out):
+    state = load_file(out / "tiny_kohya.safetensors")
+    save_file({k: x / 2 if k.endswith("alpha") else x for k, x in state.items()}, out / "tiny_kohya.safetensors")
+
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (spoil_a_tensor, "latents differ by .* 1 of .* LoRA tensors differ, the first is unet"),
+        (lose_a_module, "2 of .* LoRA tensors differ"),
+        (another_scheduler, "scheduler_config.json differs in original_inference_steps"),
+        (another_kohya_alpha, "tiny_kohya.safetensors in a stock .* the files hold what they should"),
+    ],
+)
+def test_a_spoilt_export_fails_its_check(copied, spoil, told):
+    assert "to " in check_export(*copied)
+    spoil(copied[1])
+    with pytest.raises(ExportMismatch, match=told):
+        check_export(*copied)
+
+
+def test_an_export_that_fails_its_check_changes_nothing(copied, monkeypatch):
+    distillation, out = copied
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setitem(export.TOLERANCE, "float32", -1.0)
+    with pytest.raises(ExportMismatch):
+        write_export(distillation, out)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_an_older_export_is_replaced(copied):
+    distillation, out = copied
+    write_export(distillation, out, ("diffusers",))
+    assert not (out / "tiny_kohya.safetensors").exists()
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("case", "formats", "told"),
+    [
+        ("lcm-flow", ("kohya",), "StableDiffusion3Pipeline has no kohya file; choose from diffusers, fused"),
+        ("lcm-eps", ("gguf",), "there is no such format; choose from diffusers, kohya, fused"),
+        ("dmd2-flow-whole", ("kohya",), "needs a LoRA, but lora is null"),
+        ("dmd2-flow-whole", ("diffusers", "fused"), "format fused needs a LoRA"),
+    ],
+)
+def test_formats_that_do_not_fit(made, case, formats, told, tmp_path):
+    with pytest.raises(UserError, match=told):
+        write_export(made[case][0], tmp_path / "e", formats)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_somebody_elses_is_not_touched(made, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not an export"):
+        write_export(made["lcm-eps"][0], tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_card(made, tmp_path):
+    flow, eps = (read_export(made[case][1]) for case in ("dmd2-flow-renoising", "lcm-eps"))
+    text = (made["lcm-eps"][1] / "README.md").read_text()
+    assert text.startswith('---\nlibrary_name: "diffusers"')
+    assert "Negative prompts have no effect" in text and "ComfyUI" in text
+    assert "torch.manual_seed" in card(flow).split("```")[2] and "reproducible only" not in text
+    assert "base_model" not in text.split("---")[1]  # a folder is none
+    assert "| 2 | saved, with shift" in card(read_export(made["lcm-flow"][1]))
+    assert "scale 1 is what was trained" in card(eps)
+
+
+def test_the_card_shows_figures_and_the_newest_grid(copied, tmp_path):
+    _, out = copied
+    run = tmp_path
+    (run / "recipe.yaml").write_text("")
+    for name in ("eval", "samples"):
+        (run / name).mkdir()
+    rows = [
+        {"who": "teacher", "steps": 25, "solver": "UniPC", "guidance": 2.0, "n": 8, "fd": 2.5},
+        {"who": "teacher", "steps": 25, "solver": "DDIM", "guidance": 2.0, "n": 8, "fd": 9.75},
+        {"who": "student", "steps": 4, "solver": "", "guidance": 1.0, "n": 8, "fd": 3.14159, "alignment": None},
+    ]
+    (run / "eval" / "table.json").write_text(json.dumps({"rows": rows, "provenance": {"seed": 1}}))
+    for step in ("000300", "000100"):
+        (run / "samples" / f"{step}.png").write_bytes(step.encode())
+    write_card(out, run)
+    text = (out / "README.md").read_text()
+    assert "| student | 4 | 1 |  | 8 | 3.142 |" in text and "| teacher | 25 | 2 | UniPC | 8 | 2.5 |" in text
+    assert "9.75" not in text  # only the best solver
+    assert "](samples.png)" in text and (out / "samples.png").read_bytes() == b"000300"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("teacher", ["eps", "flow"])
+@pytest.mark.long
+def test_half_precision(tmp_path, teacher, dtype):
+    strategy = "{name: dmd2, renoise: true}"
+    distillation = student(tmp_path, teacher, f"model.dtype={dtype}", strategy=strategy)
+    assert f"of their size ({dtype})" in write_export(distillation, tmp_path / "e", ("diffusers",))
+    state = load_file(tmp_path / "e" / FILE)
+    assert {x.dtype for x in state.values()} == {torch.float32}
+    save_file({key: torch.zeros_like(x) for key, x in state.items()}, tmp_path / "e" / FILE)
+    if teacher == "eps":  # what noise adds to this flow net is below half precision
+        with pytest.raises(ExportMismatch):
+            check_export(distillation, tmp_path / "e")
