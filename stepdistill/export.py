@@ -50,9 +50,7 @@ def export_run(run: Path, formats: Sequence[str] | None = None, out: Path | None
     return out
 
 
-def write_export(
-    distillation: Distillation, out: Path, formats: Sequence[str] | None = None, run: Path | None = None
-) -> str:
+def write_export(distillation: Distillation, out: Path, formats: Sequence[str] | None = None, run: Path | None = None) -> str:
     """Write the export beside `out`, check it, and only then put it in the place of an older one; returns the finding.
 
     Args:
@@ -99,9 +97,7 @@ def names(distillation: Distillation, formats: Sequence[str] | None) -> dict[str
     files = {"diffusers": NAME, "kohya": f"{recipe.name}_kohya.safetensors", "fused": "fused"}
     if recipe.lora is None:
         for form in set(formats or ()) - {"diffusers"}:
-            raise UserError(
-                f"format {form} needs a LoRA, but lora is null, so a whole pipeline is written; leave it out"
-            )
+            raise UserError(f"format {form} needs a LoRA, but lora is null, so a whole pipeline is written; leave it out")
         return {"pipeline": "pipeline"}
     fits = [form for form in FORMATS if form != "kohya" or family.kohya_prefix]
     for form in formats or ():
@@ -196,9 +192,7 @@ def check_export(distillation: Distillation, out: Path) -> str:
             )
         worst = max(worst, off)
     unit = "" if told.dtype == "float32" else f" of their size ({told.dtype})"
-    return (
-        f"checked: {' and '.join(told.files.values())}, in stock diffusers: the trainer's latents to {worst:.1e}{unit}"
-    )
+    return f"checked: {' and '.join(told.files.values())}, in stock diffusers: the trainer's latents to {worst:.1e}{unit}"
 
 
 def distance(theirs: Tensor, ours: Tensor, dtype: str) -> float:

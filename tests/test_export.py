@@ -1,5 +1,7 @@
 """Exports are loaded by plain diffusers in another process, and must give there what the student gives here."""
 
+import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -17,7 +19,7 @@ from stepdistill import checkpoint, export
 from stepdistill.card import card
 from stepdistill.errors import UserError
 from stepdistill.export import ExportMismatch, check_export, export_run, trainers_latents, write_card, write_export
-from stepdistill.inference import read_export, sample_run
+from stepdistill.inference import load_pipeline, read_export, sample_run
 from stepdistill.sampling import sample
 
 CASES = {  # teacher, strategy, overrides
@@ -58,7 +60,7 @@ def made(tmp_path_factory):
     for case, (teacher, strategy, overrides) in CASES.items():
         folder = tmp_path_factory.mktemp(case)
         distillation = student(folder, teacher, *overrides, strategy=strategy)
-        write_export(distillation, folder / "run" / "export")
+        write_export(distillation, folder / "run" / "export", None if case == "lcm-eps" else ("diffusers",))
         found[case] = distillation, folder / "run" / "export"
     return found
 
@@ -96,16 +98,10 @@ def test_plain_diffusers_gives_the_trainers_samples(made, plain, case):
     ours = trainers_latents(distillation, read_export(out), noise())
     theirs = torch.load(plain[case] / "latents.pt")
     assert (theirs - ours).abs().max() <= 1e-4
-    distillation.roles["student"], kept = distillation.roles.teacher, distillation.roles.student
-    averaged = distillation.roles.pop("student_ema", None)
-    try:
-        if "told" not in case:  # the teacher has no such input
-            teacher = trainers_latents(distillation, read_export(out), noise())
-            assert (theirs - teacher).abs().max() > 1e-2  # so the student is not its teacher
-    finally:
-        distillation.roles["student"] = kept
-        if averaged:
-            distillation.roles["student_ema"] = averaged
+    if "told" not in case:  # the teacher has no such input
+        same = distillation.roles.swap(student=distillation.roles.teacher, student_ema=distillation.roles.teacher)
+        teacher = trainers_latents(dataclasses.replace(distillation, roles=same), read_export(out), noise())
+        assert (theirs - teacher).abs().max() > 1e-2  # so a lost LoRA would show
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,17 +118,21 @@ def test_the_trainers_side_of_the_check_is_sample(made):
     assert torch.equal(plainly, trainers_latents(distillation, read_export(out), noise()))
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8])
 @pytest.mark.parametrize("case", ["lcm-eps", "lcm-flow"])
-def test_other_numbers_of_steps(made, case, n):
+def test_other_numbers_of_steps(made, case):
     distillation, out = made[case]
-    told = read_export(out).at(n)
-    pipe = export.open_export(out, told, "diffusers")
-    roles, cond = distillation.students(), distillation.family.encode_prompts(list(told.prompts))
-    generator = torch.Generator().manual_seed(export.SEED)
-    draw = lambda x: torch.randn(x.shape, generator=generator)  # noqa: E731
-    ours = sample(roles, distillation.inference(n), noise(), cond, draw)
-    assert (export.stock_latents(pipe, told, noise()) - ours).abs().max() <= 1e-4
+    pipe, cond = load_pipeline(out, 2), distillation.family.encode_prompts(PROMPTS)
+    for n in (2, 1, 4, 8):
+        told, generator = read_export(out).at(n), torch.Generator().manual_seed(export.SEED)
+        if n != 2:  # that one came with the pipeline
+            pipe.scheduler = told.build_scheduler()
+        theirs = export.stock_latents(pipe, told, noise())
+        how, draw = distillation.inference(n), functools.partial(like, generator=generator)
+        assert (theirs - sample(distillation.students(), how, noise(), cond, draw)).abs().max() <= 1e-4
+
+
+def like(x, generator):
+    return torch.randn(x.shape, generator=generator)
 
 
 def test_the_diffusers_file(made):
@@ -213,9 +213,9 @@ def copied(made, tmp_path):
 
 
 def spoil_a_tensor(out):
-    state = load_file(out / "pytorch_lora_weights.safetensors")
-    state["unet.conv_norm"] = state.pop(key := next(key for key in state if "lora_B" in key))
-    save_file({k: x for k, x in state.items() if k != "unet.conv_norm"} | {key: -state["unet.conv_norm"]}, out / FILE)
+    state = load_file(out / FILE)
+    key = next(key for key in state if "lora_B" in key)
+    save_file(state | {key: -state[key]}, out / FILE)
 
 
 def lose_a_module(out):
@@ -247,7 +247,6 @@ FILE = "pytorch_lora_weights.safetensors"
     ],
 )
 def test_a_spoilt_export_fails_its_check(copied, spoil, told):
-    assert "to " in check_export(*copied)
     spoil(copied[1])
     with pytest.raises(ExportMismatch, match=told):
         check_export(*copied)

@@ -90,25 +90,23 @@ def losses(roles, cond):
     return student.x0.square().mean() + tokens.square().mean() + p.x0.square().mean()
 
 
-def test_checkpointing_replays_the_role_that_was_worn(family, cond):
-    """Trap 2. Error against no checkpointing: 0. The plain checkpointing of diffusers gives other gradients."""
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_checkpointing_replays_the_role_that_was_worn(family, cond, precision):
+    """Trap 2. Error against no checkpointing: 0. Plain checkpointing replays the student's blocks as the fake's."""
 
     def gradients():
-        params = roles.student.parameters() + roles.fake.parameters()
-        return torch.autograd.grad(losses(roles, cond), params)
+        loss = losses(roles, cond)
+        with wearing(family.net, "fake"):
+            return torch.autograd.grad(loss, roles.student.parameters() + roles.fake.parameters())
 
-    roles = build_roles(family, ["student", "fake"], 2)
+    roles = build_roles(family, ["student", "fake"], 2, precision=precision)
     fill(roles, "student", "fake")
     plain = gradients()
     enable_checkpointing(family.net)
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
     assert worn(family.net) is None
     family.net.enable_gradient_checkpointing()
-    try:
-        wrong = gradients()
-    except (RuntimeError, torch.utils.checkpoint.CheckpointError):
-        return  # it does not even find the tensors that it saved
-    assert not all(torch.equal(a, b) for a, b in zip(plain, wrong, strict=True))
+    assert not all(torch.allclose(a, b, rtol=0.1) for a, b in zip(plain, gradients(), strict=True))
 
 
 def test_a_checkpointed_graph_can_be_walked_twice(family, cond):

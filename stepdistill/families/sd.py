@@ -43,6 +43,6 @@ class SD(Family):
     def add_guidance_embedding(self, net: nn.Module, width: int = 256) -> None:
         if net.config.time_cond_proj_dim is None:
             inner = net.time_embedding.linear_1.in_features
-            net.time_embedding.cond_proj = nn.Linear(width, inner, bias=False)
+            net.time_embedding.cond_proj = nn.Linear(width, inner, bias=False, device=net.device, dtype=net.dtype)
             nn.init.zeros_(net.time_embedding.cond_proj.weight)
             net.register_to_config(time_cond_proj_dim=width)

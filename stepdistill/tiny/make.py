@@ -361,7 +361,7 @@ def new_ddpm_scheduler():
     )
 
 
-def make_sd(work: Path, steps: int = 5400, batch: int = 64) -> None:
+def make_sd(work: Path, steps: int = 4100, batch: int = 64) -> None:
     """tiny-sd's UNet: mean squared error in v at uniform timesteps."""
     torch.manual_seed(2)
     net, draw_batch, (_, _, encoder) = new_unet(), teacher_batches(work, batch), load_parts(work)
@@ -463,7 +463,7 @@ def pack(work: Path) -> None:
     for name, pipe in (("tiny-sd", sd), ("tiny-sd3", sd3)):
         folder = Path(__file__).parent / name
         pipe.to(torch.float16).save_pretrained(folder)
-        files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "SHA256SUMS")
+        files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("SHA256SUMS", "figures.json"))
         lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
         (folder / "SHA256SUMS").write_text("".join(lines))
         print(f"{folder}: {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB")
