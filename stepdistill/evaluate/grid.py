@@ -39,7 +39,7 @@ class Samples:
             rows.append((f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations", self.teacher[n]))
             if n in distillation.recipe.eval.steps:
                 made = self.pictures(student_walk(distillation, distillation.inference(n)))
-                rows.append((f"student\n{plural(n)}\nafter {step} updates", made))
+                rows.append((f"student\n{plural(n)}\nat iteration {step}", made))
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{step:06d}.png"
         draw_grid(rows, self.prompts).save(path)

@@ -449,7 +449,7 @@ def pack(work: Path) -> None:
     vae, tokenizer, encoder = load_parts(work)
     vae.to(memory_format=torch.contiguous_format)
     plain = CLIPTextModel(encoder.config)
-    plain.text_model.load_state_dict(encoder.text_model.state_dict())
+    plain.load_state_dict(encoder.text_model.state_dict())
     unet = UNet2DConditionModel.from_pretrained(work / "unet")
     sd = StableDiffusionPipeline(
         vae, plain, tokenizer, unet, new_ddpm_scheduler(), None, None, requires_safety_checker=False
