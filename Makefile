@@ -11,12 +11,14 @@ quickstart: .venv/ready
 	$(BIN)/stepdistill train quickstart
 
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -n 2 -m "not long"
 
 test-long: export HF_HUB_OFFLINE := 1
+test-long: export OMP_NUM_THREADS := 1
 test-long: .venv/ready
-	$(BIN)/python -m pytest -q -m long
+	$(BIN)/python -m pytest -q -n 2 -m long
 
 lint: .venv/ready
 	$(BIN)/ruff check .

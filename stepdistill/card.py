@@ -60,14 +60,14 @@ def snippet(told: Serving) -> str:
         "import torch",
         f"from diffusers import {', '.join(sorted([scheduler, told.pipeline]))}",
         "",
-        'here = "."  # the folder of this card',
+        'here = "."  # the folder of this card' + (", or its name on the Hub" if form not in WHOLE else ""),
         f"pipe = {told.pipeline}.from_pretrained({source}, dtype=torch.{told.dtype})",
     ]
     if form not in WHOLE:
         lines.append(f'pipe.load_lora_weights(here, weight_name="{file}")')
     lines += [
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
-        f'pipe.scheduler = {scheduler}.from_pretrained(f"{{here}}/scheduler")',
+        f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")',
         "image = pipe(",
         f"    {json.dumps(told.prompts[0], ensure_ascii=False)},",
         *(f"    {name}={value!r}," for name, value in told.arguments.items()),
@@ -117,7 +117,7 @@ def settings(told: Serving) -> str:
     text = _table(table)
     if any("saved, with" in row[1] for row in table):
         name = told.sampler.scheduler
-        text += f'\n\n*saved, with x=y* is `{name}.from_pretrained(f"{{here}}/scheduler", x=y)`.'
+        text += f'\n\n*saved, with x=y* is `{name}.from_pretrained(here, subfolder="scheduler", x=y)`.'
     return text + "\n\n`-` means that no equivalent is known. All of it, for programs, is in `stepdistill.json`."
 
 

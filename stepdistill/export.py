@@ -76,12 +76,17 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
         (tmp / SIDECAR).write_text(told.to_json(), encoding="utf-8")
         write_card(tmp, run or out.parent)
         finding = check_export(distillation, tmp)
+        mode = (tmp / SIDECAR).stat().st_mode
         for file in tmp.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)  # safetensors writes files that nobody else may read
             sync(file)
         if out.exists():
             out.rename(old)
         tmp.rename(out)
     finally:
+        if old.exists() and not out.exists():  # interrupted between the two
+            old.rename(out)
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return finding

@@ -24,7 +24,7 @@ from .assemble import Distillation
 from .data.build import read_prompts
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
-from .recipe import dump_recipe, strategy_name
+from .recipe import Recipe, dump_recipe, strategy_name
 from .samplers import Sampler, find_sampler
 from .sources import embedded_models
 
@@ -105,6 +105,11 @@ class Serving:
             raise UserError(f"{SIDECAR} cannot be read ({error!r}); export the run again") from None
 
 
+def recipe_hash(recipe: Recipe) -> str:
+    """Changes with any key of a resolved recipe."""
+    return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16]
+
+
 def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     """How this distillation's student is sampled in `steps` (None: the strategy's own number).
 
@@ -145,7 +150,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         lora=lora,
         prompts=tuple((recipe.eval.prompts or read_prompts(recipe.data.prompts, 2))[:2]),
         versions={"stepdistill": __version__} | {name: metadata.version(name) for name in packages},
-        recipe_hash=hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:16],
+        recipe_hash=recipe_hash(recipe),
     )
 
 

@@ -17,7 +17,7 @@ from .errors import Diverged, UserError
 from .evaluate.grid import Samples
 from .evaluate.table import evaluate
 from .export import write_card, write_export
-from .inference import serving
+from .inference import SIDECAR, read_export, recipe_hash, serving
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
 from .trainer import Trainer
@@ -48,9 +48,10 @@ class Run:
         """Iterations that its newest checkpoint holds."""
         return max(checkpoint.steps(self.checkpoints), default=0)
 
-    @property
-    def finished(self) -> bool:
-        return (self.export / "stepdistill.json").is_file() and self.step >= self.recipe.train.steps
+    def finished(self, recipe: Recipe) -> bool:
+        """Whether this recipe was trained to its end, and exported after that."""
+        done = self.step >= recipe.train.steps and (self.export / SIDECAR).is_file()
+        return done and read_export(self.export).recipe_hash == recipe_hash(recipe)
 
 
 def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto") -> Run:
@@ -68,7 +69,7 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     """
     run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
     start = find_start(run, recipe, resume, line)
-    if start is not None and run.finished and start == checkpoint.latest(run.checkpoints) and run.step >= recipe.train.steps:
+    if start is not None and start == checkpoint.latest(run.checkpoints) and run.finished(recipe):
         line.say(f"{run.folder} is finished ({run.step} steps). Its export: {run.export}")
         return run
     run.folder.mkdir(parents=True, exist_ok=True)

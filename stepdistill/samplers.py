@@ -164,9 +164,9 @@ def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[
     n, times = len(how.hops), [hop.time for hop in how.hops]
     entries = [999 - int(k * 1000 / n) for k in range(n)]
     comfyui = {"sampler": "lcm" if how.renoise else "euler", "scheduler": "simple", "cfg": 1.0}
-    if isinstance(schedule, RectifiedFlow):  # the shift is set by the node ModelSamplingSD3
+    if isinstance(schedule, RectifiedFlow):
         simple = schedule.warp(torch.tensor([(entry + 1) / 1000 for entry in entries], dtype=torch.float64)).tolist()
-        return {"comfyui": comfyui | {"shift": schedule.shift}} if near(simple, times) else {}
+        return {"comfyui": comfyui | {"ModelSamplingSD3 shift": schedule.shift}} if near(simple, times) else {}
     if kind != "eps" or len(schedule.theta) != 1000:
         return {}
     found = {"comfyui": comfyui} if near([entry / 999 for entry in entries], times) else {}

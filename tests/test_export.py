@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +268,24 @@ def test_an_older_export_is_replaced(copied):
     write_export(distillation, out, ("diffusers",))
     assert not (out / "tiny_kohya.safetensors").exists()
     assert list(out.parent.iterdir()) == [out]
+    assert len({file.stat().st_mode for file in out.rglob("*") if file.is_file()}) == 1
+
+
+def test_an_older_export_survives_an_interrupt(copied, monkeypatch):
+    distillation, out = copied
+    before = (out / "stepdistill.json").read_bytes()
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if path.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_export(distillation, out, ("diffusers",))
+    assert list(out.parent.iterdir()) == [out] and (out / "stepdistill.json").read_bytes() == before
+    assert (out / "tiny_kohya.safetensors").exists()
 
 
 @pytest.mark.parametrize(

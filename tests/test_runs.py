@@ -41,7 +41,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 def test_a_run_writes_what_the_contract_names_and_then_says_it_is_finished(recipe_file, capsys):
     run = train(recipe(recipe_file))
-    assert run.folder.name == "tiny" and run.finished
+    assert run.folder.name == "tiny" and run.finished(recipe(recipe_file))
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"seconds", "student/consistency", "student/grad_norm", "student/lr"} <= lines[0].keys()

@@ -140,5 +140,5 @@ def test_words_of_other_programs_are_told_only_where_they_are_exact():
     assert find("eps", 3).comfyui is None  # `simple` visits 333, not 332
     assert find("eps", 4, False).comfyui == comfy | {"sampler": "euler"}
     assert find("v", 4).comfyui is None
-    assert find("shift3", 4, False).comfyui == comfy | {"sampler": "euler", "shift": 3.0}
+    assert find("shift3", 4, False).comfyui == comfy | {"sampler": "euler", "ModelSamplingSD3 shift": 3.0}
     assert find("flow", 2, hops=(Hop(0.9), Hop(0.6))).comfyui is None

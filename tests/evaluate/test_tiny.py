@@ -139,13 +139,13 @@ def test_evaluation_of_a_perfect_sampler():
 
 
 def test_distance_notices_damage():
-    """A light blur, other colours, one object too few: each is far outside the floor's interval."""
+    """Blur, one colour for all, one object too few: each is far outside the interval of drawings."""
     judge, against = load_judge(), tiny.reference().moments
     drawn = tiny.prompts(400)
     images = draw(drawn, 42).images
     _, _, top = frechet_interval(look(judge, images)[0], against)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    soft = blurred(x, torch.full((400,), 0.6)).permute(0, 2, 3, 1).round().byte().numpy()
+    soft = blurred(x, torch.full((400,), 1.2)).permute(0, 2, 3, 1).round().byte().numpy()
     fewer = [Scene(scene.things[:1], None, scene.background) for scene in drawn]
     red = [Scene(tuple(t._replace(colour="red") for t in s.things), s.relation, s.background) for s in drawn]
     for other in (soft, draw(fewer, 42).images, draw(red, 42).images):

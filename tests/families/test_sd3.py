@@ -132,5 +132,5 @@ def test_counting_is_only_where_tokens_stay_equal():
 
 
 def test_a_guidance_embedding_is_refused():
-    with pytest.raises(ValueError, match="embed_guidance to false"):
+    with pytest.raises(ValueError, match="embed_guidance to null"):
         build_roles(SD3(pipelines.sd3()), ["student"], None, embed_guidance=True)

@@ -134,7 +134,11 @@ def test_gan_gradient_at_the_optimal_logit(schedule, kind, gan_on, at):
     strategy.setup(roles)
     assert strategy.head(torch.zeros(2, 5, 3)).shape == (2, 5)
     strategy.head = Ideal()
+    asked = []
+    for name, role in roles.items():
+        role.net.register_forward_hook(lambda _net, _args, _out, name=name: asked.append(name))
     loss, logs = first(strategy, roles, z, eps, u := torch.tensor([at], dtype=F64))
+    assert sorted(asked) == sorted(["student", "teacher", "fake", gan_on])  # whose features the head reads
     assert loss.item() == pytest.approx((logs["matching"] + 0.3 * logs["gan"]).item(), rel=1e-12)
 
     alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(0.002 + 0.996 * u))
@@ -152,7 +156,8 @@ def test_two_time_scales(gan, alternate):
     assert strategy.players(0) == {"student": ("student",), "critic": ("fake", "head") if gan else ("fake",)}
     x = torch.randn(6, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
     batch = Batch(noise=x, cond={}, x0=x.flip(0) if gan else None)
-    critic = ["critic", "critic"] if gan else ["critic"]
+    critic, recorded = ["critic", "critic"] if gan else ["critic"], []
+    roles.student.net.register_forward_hook(lambda _net, _args, out: recorded.append(out[0].requires_grad))
     for step in range(7):
         if gan:
             strategy.head.double()
@@ -167,6 +172,7 @@ def test_two_time_scales(gan, alternate):
             else:  # the critic never teaches the student
                 assert got[:2] == (None, None) and any(g is not None for g in got[2:])
         turn = step % 3 == 0
+        assert recorded.pop() == turn and not recorded  # no graph of the student is kept for the critic alone
         assert moved == (["student"] if turn else []) + ([] if turn and alternate else critic)
 
 
