@@ -35,9 +35,7 @@ def moments(features: ArrayLike | Tensor, weights: ArrayLike | Tensor | None = N
     return Moments(mean, (centred * w[:, None]).T @ centred / (n - 1))
 
 
-def frechet(
-    mean1: ArrayLike | Tensor, cov1: ArrayLike | Tensor, mean2: ArrayLike | Tensor, cov2: ArrayLike | Tensor
-) -> float:
+def frechet(mean1: ArrayLike | Tensor, cov1: ArrayLike | Tensor, mean2: ArrayLike | Tensor, cov2: ArrayLike | Tensor) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); means [D], covariances [D, D], positive semi-definite.
 
     Raises:

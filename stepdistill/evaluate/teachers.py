@@ -15,7 +15,7 @@ from ..recipe import load_recipe
 from ..show import Line
 from ..sources import embedded_models
 from .shipped import key
-from .table import best_rows, provenance, render, teacher_rows
+from .table import provenance, render, teacher_rows
 from .tiny import floor
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     folder = embedded_models()[options.source]
     made = {"key": key(folder), "n": options.n, "rows": rows, "provenance": provenance(teacher)}
     (folder / "figures.json").write_text(json.dumps(made, indent=1))
-    print(render(best_rows(rows), floor(options.n)[0]))
+    print(render(rows, floor(options.n)[0]))
 
 
 if __name__ == "__main__":

@@ -173,9 +173,7 @@ def decide(maps: Maps) -> list[Reading]:
         names = SIZES[size[i][k]], COLOURS[colour[i][k]], SHAPES[shape[i][k]]
         return Found(*names, *centre[i][k], radius[i][k], tuple(rgb[i][k]))
 
-    return [
-        Reading(BACKGROUNDS[backgrounds[i]], tuple(found(i, k) for k in range(count))) for i, count in enumerate(counts)
-    ]
+    return [Reading(BACKGROUNDS[backgrounds[i]], tuple(found(i, k) for k in range(count))) for i, count in enumerate(counts)]
 
 
 def targets(scenes: list[Scene], drawings: Drawings) -> Targets:

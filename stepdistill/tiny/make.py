@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .judge import to_net
 from .world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Drawings, Scene, draw, scenes
 
 LATENTS, CELLS = 12, 8  # channels, side
@@ -88,12 +89,6 @@ def pictures(work: Path) -> tuple[list[Scene], Drawings]:
         np.savez(path, **draw(told, SEED_FIT)._asdict())
     with np.load(path) as saved:
         return told, Drawings(**saved)
-
-
-def to_net(images: np.ndarray) -> Tensor:
-    """uint8 [N, 64, 64, 3] -> float [N, 3, 64, 64] in [-1, 1], channels last in memory."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-    return x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
 # --- autoencoder -----------------------------------------------------------------------------------------------------
@@ -463,6 +458,8 @@ def pack(work: Path) -> None:
     for name, pipe in (("tiny-sd", sd), ("tiny-sd3", sd3)):
         folder = Path(__file__).parent / name
         pipe.to(torch.float16).save_pretrained(folder)
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes for its owner alone
         files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("SHA256SUMS", "figures.json"))
         lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
         (folder / "SHA256SUMS").write_text("".join(lines))

@@ -2,7 +2,7 @@
 
     python -m stepdistill.tiny.train_judge --work build/tiny
 
-It takes 16 minutes on one core, and resumes where it was stopped. Then `python -m stepdistill.evaluate` must remake the
+It takes 17 minutes on one free core, and resumes where it was stopped. Then `python -m stepdistill.evaluate` must remake the
 reference, and every figure measured with another judge is void.
 """
 
