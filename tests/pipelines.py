@@ -14,6 +14,8 @@ from worlds import SD_SCHEDULER
 diffusers.utils.logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
 
+PROMPTS = ["a red cat", "a dog", "seven blue circles on sand"]
+
 
 def clip_tokenizer():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -123,3 +125,15 @@ def finish(pipe):
                 p.normal_(0, 0.1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def watch(pipe, prompts, **kw):
+    """Runs the pipeline; returns its latents and each step's (network output, timestep, sample)."""
+    seen, step = [], pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kw: seen.append(args[:3]) or step(*args, **kw)
+    try:
+        kw = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0), **kw}
+        images = pipe(prompts, **kw).images
+    finally:
+        pipe.scheduler.step = step
+    return images, seen

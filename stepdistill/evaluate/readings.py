@@ -127,7 +127,8 @@ def diversity(scenes: Sequence[Scene], groups: Sequence[Sequence[Reading]], draw
         groups: groups[i] are the readings of pictures of scenes[i].
         drawings: [len(scenes), 3, 4], `variances` of many drawings of each scene.
     """
-    table = np.array([variances(scene, group) for scene, group in zip(scenes, groups, strict=True)])  # [C, 3, 4]
+    table = np.array([variances(scene, group) for scene, group in zip(scenes, groups, strict=True)])
+    table = table.reshape(-1, *drawings.shape[1:])  # [C, 3, 4], also for no captions
     use = (table[..., 3] > 1) & (drawings[..., 3] > 1)
     if not use.any():
         return Diversity(None, None, None, None)

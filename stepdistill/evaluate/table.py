@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
     rows = shipped(recipe.model.source, recipe.eval.n)
     if rows is None:
         line.say("the teacher's figures do not ship for this model: measuring them (25 steps take the most)")
-        rows = teacher_rows(distillation, teacher_scale(distillation), recipe.eval.n, line)
+        rows = list(teacher_rows(distillation, teacher_scale(distillation), recipe.eval.n, line))
     for n in sorted(set(recipe.eval.steps), reverse=True):
         walk = student_walk(distillation, distillation.inference(n))
         about = {"who": "student", "steps": n, "nfe": n, "guidance": 1.0, "solver": ""}
@@ -54,25 +55,27 @@ def evaluate_run(run: Path) -> list[Row]:
     return evaluate(restore(run), run / "eval", Line())
 
 
-def teacher_rows(distillation: Distillation, scale: float, n: int, line: Line) -> list[Row]:
-    """The teacher at 25, 4, 2 and 1 steps, guided at scale and unguided, each with its best solver.
+def teacher_rows(distillation: Distillation, scale: float, n: int, line: Line) -> Iterator[Row]:
+    """The teacher at 25, 4, 2 and 1 steps, guided at scale and unguided, each with its best solver; fewest steps first.
 
     The best is the one with the lowest FD of a quarter of the pictures; `tried` holds those.
     """
-    rows = []
-    for steps in TEACHER_STEPS:
+    for steps in sorted(TEACHER_STEPS):
         for guidance in dict.fromkeys((scale, 1.0)):
-            label = f"teacher, {plural(steps)}, guided {guidance:g}"
-            walks = {solver: teacher_walk(distillation, solver, steps, guidance) for solver in SOLVERS}
-            tried = {
-                solver: measure(distillation, walk, f"{label}, {solver}", line, n // 4, diverse=False)["fd"]
-                for solver, walk in walks.items()
-            }
-            best = min(tried, key=tried.get)
-            nfe = steps if guidance == 1 else 2 * steps
-            about = {"who": "teacher", "steps": steps, "nfe": nfe, "guidance": guidance, "solver": best, "tried": tried}
-            rows.append(about | measure(distillation, walks[best], f"{label}, {best}", line, n))
-    return rows
+            yield teacher_row(distillation, steps, guidance, n, line)
+
+
+def teacher_row(distillation: Distillation, steps: int, guidance: float, n: int, line: Line) -> Row:
+    label = f"teacher, {plural(steps)}, guided {guidance:g}"
+    walks = {solver: teacher_walk(distillation, solver, steps, guidance) for solver in SOLVERS}
+    tried = {
+        solver: measure(distillation, walk, f"{label}, {solver}", line, n // 4, diverse=False)["fd"]
+        for solver, walk in walks.items()
+    }
+    best = min(tried, key=tried.get)
+    nfe = steps if guidance == 1 else 2 * steps
+    about = {"who": "teacher", "steps": steps, "nfe": nfe, "guidance": guidance, "solver": best, "tried": tried}
+    return about | measure(distillation, walks[best], f"{label}, {best}", line, n)
 
 
 def measure(distillation: Distillation, walk: Walk, label: str, line: Line, n: int, diverse: bool = True) -> Row:
@@ -102,7 +105,7 @@ def render(rows: list[Row], least: float) -> str:
         f"{'':<30}{'evaluations':>12}{'FD':>9}{'95 % interval':>20}{'alignment':>11}{'diversity':>11}{'ms/image':>10}"
     )
     lines = ["", head, "-" * len(head)]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["who"] == "student", -row["steps"], -row["guidance"])):
         name = f"{row['who']}, {plural(row['steps'])}"
         name += "" if row["who"] == "student" else f", guided {row['guidance']:g}" if row["guidance"] != 1 else ", unguided"
         span = f"{row['fd_low']:.2f} .. {row['fd_high']:.2f}"

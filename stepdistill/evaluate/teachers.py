@@ -23,14 +23,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=tuple(embedded_models()))
     parser.add_argument("--guidance", type=float, required=True, help="the scale of the guided rows")
-    parser.add_argument("--n", type=int, default=2048)
+    parser.add_argument("--n", type=int, default=2048, help="pictures a figure")
     options = parser.parse_args()
+    line, folder = Line(), embedded_models()[options.source]
     teacher = assemble(load_recipe("quickstart", [f"model.source={options.source}"]))
-    rows = teacher_rows(teacher, options.guidance, options.n, Line())
-    folder = embedded_models()[options.source]
-    made = {"key": key(folder), "n": options.n, "rows": rows, "provenance": provenance(teacher)}
-    (folder / "figures.json").write_text(json.dumps(made, indent=1))
-    print(render(rows, floor(options.n)[0]))
+    rows = []
+    for row in teacher_rows(teacher, options.guidance, options.n, line):  # written after each: the last ones take longest
+        rows.append(row)
+        made = {"key": key(folder), "n": options.n, "rows": rows, "provenance": provenance(teacher)}
+        (folder / "figures.json").write_text(json.dumps(made, indent=1))
+    line.say(render(rows, floor(options.n)[0]))
 
 
 if __name__ == "__main__":

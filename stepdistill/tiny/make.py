@@ -291,7 +291,7 @@ def load_parts(work: Path):
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-    home = work if (work / "vae").is_dir() else Path(__file__).parent / "tiny-sd3"
+    home = work if (work / "vae").is_dir() else Path(__file__).parent / "tiny-sd"
     vae = AutoencoderKL.from_pretrained(home / "vae").float().to(memory_format=torch.channels_last)
     encoder = CLIPTextModelWithProjection.from_pretrained(home / "text_encoder").float()
     tokenizer = CLIPTokenizer.from_pretrained(home / "tokenizer")
@@ -435,39 +435,35 @@ def new_silent_t5():
 
 
 def pack(work: Path) -> None:
-    """Write the two pipelines, in half precision, beside this file, with the checksums that `stepdistill doctor` reads."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    """Write what is there of the two pipelines, in half precision, beside this file, with checksums for `doctor`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
     vae, tokenizer, encoder = load_parts(work)
     vae.to(memory_format=torch.contiguous_format)
-    plain = CLIPTextModel(encoder.config)
-    plain.load_state_dict(encoder.text_model.state_dict())
-    unet = UNet2DConditionModel.from_pretrained(work / "unet")
-    sd = StableDiffusionPipeline(
-        vae, plain, tokenizer, unet, new_ddpm_scheduler(), None, None, requires_safety_checker=False
-    )
-    transformer = SD3Transformer2DModel.from_pretrained(work / "transformer")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    t5_tokenizer, t5 = new_silent_t5()
-    sd3 = StableDiffusion3Pipeline(
-        transformer, scheduler, vae, encoder, tokenizer, encoder, tokenizer, t5, t5_tokenizer
-    )
-    for name, pipe in (("tiny-sd", sd), ("tiny-sd3", sd3)):
-        folder = Path(__file__).parent / name
-        pipe.to(torch.float16).save_pretrained(folder)
-        for file in folder.rglob("*.safetensors"):
-            file.chmod(0o644)  # safetensors writes for its owner alone
-        files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("SHA256SUMS", "figures.json"))
-        lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
-        (folder / "SHA256SUMS").write_text("".join(lines))
-        print(f"{folder}: {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB")
+    if (work / "unet").is_dir():
+        plain = CLIPTextModel(encoder.config)
+        plain.load_state_dict(encoder.text_model.state_dict())
+        unet = UNet2DConditionModel.from_pretrained(work / "unet")
+        parts = (vae, plain, tokenizer, unet, new_ddpm_scheduler(), None, None)
+        save(StableDiffusionPipeline(*parts, requires_safety_checker=False), "tiny-sd")
+    if (work / "transformer").is_dir():
+        transformer = SD3Transformer2DModel.from_pretrained(work / "transformer")
+        t5_tokenizer, t5 = new_silent_t5()
+        parts = (transformer, FlowMatchEulerDiscreteScheduler(shift=1.0), vae, encoder, tokenizer, encoder, tokenizer)
+        save(StableDiffusion3Pipeline(*parts, t5, t5_tokenizer), "tiny-sd3")
+
+
+def save(pipe, name: str) -> None:
+    folder = Path(__file__).parent / name
+    pipe.to(torch.float16).save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for its owner alone
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("SHA256SUMS", "figures.json"))
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+    print(f"{folder}: {sum(f.stat().st_size for f in files) / 2**20:.1f} MiB")
 
 
 STAGES: dict[str, Callable[[Path], None]] = {

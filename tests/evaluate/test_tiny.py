@@ -171,3 +171,7 @@ def test_bad_input_is_refused():
         tiny.diversity_prompts(33)
     with pytest.raises(ValueError):
         alignment(scenes(2, 0), [])
+
+
+def test_without_captions_there_is_no_diversity():
+    assert diversity([], [], tiny.reference().variances[:0]) == (None, None, None, None)

@@ -3,26 +3,13 @@
 import pipelines
 import pytest
 import torch
+from pipelines import PROMPTS, watch
 from torch import nn
 
 from stepdistill.families import FAMILIES, SD
 from stepdistill.families.base import read_kind
 from stepdistill.roles import Denoiser
 from stepdistill.schedules import VariancePreserving
-
-PROMPTS = ["a red cat", "a dog", "seven blue circles on sand"]
-
-
-def watch(pipe, prompts, **kw):
-    """Runs the pipeline; returns its latents and each step's (network output, timestep, sample)."""
-    seen, step = [], pipe.scheduler.step
-    pipe.scheduler.step = lambda *args, **kw: seen.append(args[:3]) or step(*args, **kw)
-    try:
-        kw = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0), **kw}
-        images = pipe(prompts, **kw).images
-    finally:
-        pipe.scheduler.step = step
-    return images, seen
 
 
 @pytest.fixture(scope="module", params=[("epsilon", "eps"), ("v_prediction", "v")], ids=["eps", "v"])

@@ -5,7 +5,7 @@ import copy
 import pipelines
 import pytest
 import torch
-from test_sd import PROMPTS, watch
+from pipelines import PROMPTS, watch
 
 from stepdistill.families import FAMILIES, SD3
 from stepdistill.families.sd3 import T5_TOKENS
