@@ -436,8 +436,13 @@ def new_silent_t5():
 
 def pack(work: Path) -> None:
     """Write what is there of the two pipelines, in half precision, beside this file, with checksums for `doctor`."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel
 
     vae, tokenizer, encoder = load_parts(work)
@@ -460,6 +465,8 @@ def save(pipe, name: str) -> None:
     pipe.to(torch.float16).save_pretrained(folder)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for its owner alone
+    for file in folder.glob("text_encoder*/config.json"):  # transformers would open these in float16, diffusers the rest
+        file.write_text(file.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))  # in float32
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("SHA256SUMS", "figures.json"))
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
     (folder / "SHA256SUMS").write_text("".join(lines))
