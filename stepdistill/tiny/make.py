@@ -467,6 +467,9 @@ def save(pipe, name: str) -> None:
         file.chmod(0o644)  # safetensors writes for its owner alone
     for file in folder.glob("text_encoder*/config.json"):  # transformers would open these in float16, diffusers the rest
         file.write_text(file.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))  # in float32
+    for file in folder.rglob("config.json"):  # where it was made is nobody's business
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("SHA256SUMS", "figures.json"))
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(folder).as_posix()}\n" for f in files]
     (folder / "SHA256SUMS").write_text("".join(lines))
