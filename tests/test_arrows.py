@@ -10,7 +10,16 @@ import pytest
 import stepdistill
 
 ROOT = Path(stepdistill.__file__).parent
-MAKERS = {"tiny.make", "tiny.train_judge"}  # scripts that made the embedded world
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below `stepdistill`; a package by its folder's."""
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in ROOT.rglob("*.py")}
+    return {".".join(part for part in parts if part != "__init__"): path for parts, path in files.items()}
+
+
+MODULES = modules()
+MAKERS = {name for name in MODULES if name.startswith("tiny.make")}  # what made the embedded world
 
 DOORS = {  # third-party package: the rooms that may import it
     "yaml": {"recipe"},
@@ -53,15 +62,6 @@ NEVER = {  # room: rooms that it must not import
     "export": {"trainer", "cli", "runs"},
     "inference": {"trainer", "evaluate", "cli", "runs"},
 }
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name below `stepdistill`; a package by its folder's."""
-    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in ROOT.rglob("*.py")}
-    return {".".join(part for part in parts if part != "__init__"): path for parts, path in files.items()}
-
-
-MODULES = modules()
 
 
 def imports(name: str, source: str, package: bool = False) -> Iterator[tuple[str, str]]:

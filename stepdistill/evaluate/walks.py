@@ -35,13 +35,14 @@ def student_walk(distillation: Distillation, how: Inference) -> Walk:
 def teacher_walk(distillation: Distillation, solver: str, steps: int, scale: float) -> Walk:
     """The teacher with a training-free solver of diffusers, at its trailing grid; scale 1 is unguided."""
     teacher = distillation.roles.teacher
+    last = 1000 if teacher.kind == "flow" else len(distillation.roles.schedule.theta) - 1  # the timestep of t = 1
 
     @torch.no_grad()
     def walk(noise: Tensor, cond: dict[str, Tensor], null: dict[str, Tensor] | None, normal: Normal) -> Tensor:
         scheduler = new_solver(solver, distillation, steps)
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         for timestep in scheduler.timesteps:
-            t = x.new_full([len(x)], float(timestep) / (1000 if teacher.kind == "flow" else 999))
+            t = x.new_full([len(x)], float(timestep) / last)
             p = teacher.guided(x, t, cond, null, scale)
             x = scheduler.step(getattr(p, teacher.kind), timestep, x, return_dict=False)[0]
         return x

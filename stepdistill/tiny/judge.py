@@ -1,6 +1,6 @@
 """A small network that reads every attribute of the embedded world from a picture, and its features for FD.
 
-It is trained on drawings alone (`python -m stepdistill.tiny.train_judge`) and never enters training or the choice of a
+It is trained on drawings alone (`python -m stepdistill.tiny.make judge`) and never enters training or the choice of a
 checkpoint. Objects are found as points on a heat-map, each carrying its attributes (CenterNet, arXiv:1904.07850).
 """
 
@@ -130,7 +130,7 @@ def load_judge() -> Judge:
     if not WEIGHTS.exists():
         raise FileNotFoundError(
             f"{WEIGHTS} is missing; install stepdistill again, or remake it: "
-            f"python -m stepdistill.tiny.train_judge --work build/tiny"
+            f"python -m stepdistill.tiny.make judge --work build/tiny"
         )
     judge = Judge()
     judge.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})

@@ -8,7 +8,7 @@ from stepdistill.evaluate import tiny
 from stepdistill.evaluate.frechet import frechet_interval
 from stepdistill.evaluate.readings import alignment, diversity, match, score, variances
 from stepdistill.tiny.judge import WEIGHTS, Found, Reading, load_judge, look
-from stepdistill.tiny.train_judge import blurred
+from stepdistill.tiny.make.judge import blurred
 from stepdistill.tiny.world import Drawings, Scene, Thing, draw, scenes
 
 BAR, RING, DISC = Thing("small", "red", "bar"), Thing("large", "blue", "ring"), Thing("large", "green", "circle")

@@ -19,7 +19,7 @@ from stepdistill.tiny.judge import (
     read,
     targets,
 )
-from stepdistill.tiny.train_judge import accuracy, blurred, damaged
+from stepdistill.tiny.make.judge import accuracy, blurred, damaged
 from stepdistill.tiny.world import BACKGROUNDS, Scene, Thing, draw, scenes
 
 
@@ -108,7 +108,7 @@ def test_small_and_strict():
 
 def test_missing_weights_name_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(judging, "WEIGHTS", tmp_path / "judge.safetensors")
-    with pytest.raises(FileNotFoundError, match="train_judge"):
+    with pytest.raises(FileNotFoundError, match=r"tiny\.make judge"):
         load_judge()
 
 

@@ -1,14 +1,7 @@
-"""Trains the judge on drawings alone and prints how much of fresh drawings it reads right.
-
-    python -m stepdistill.tiny.train_judge --work build/tiny
-
-It takes 17 minutes on one free core, and resumes where it was stopped. Then `python -m stepdistill.evaluate` must remake the
-reference, and every figure measured with another judge is void.
-"""
+"""The judge: trained on drawings alone, damaged at random so that its features feel blur and noise."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +10,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .judge import GRID, WEIGHTS, Judge, judge_loss, load_judge, read, targets, to_net
-from .make import fit, pictures
-from .world import Drawings, Scene, draw, scenes
+from ..judge import GRID, WEIGHTS, Judge, judge_loss, load_judge, read, targets, to_net
+from ..world import Drawings, Scene, draw, scenes
+from .fit import fit, pictures
 
 SEED_CHECK = 13  # drawings that neither the judge nor a teacher trains on
 BLUR, NOISE, MOTTLE = 1.2, 0.10, 0.12  # at strength 1: pixels; spread of white and of coarse noise, on [-1, 1]
 
 
-def make_judge(work: Path, steps: int = 1600, batch: int = 64) -> None:
-    """Fit, set the unit of the features, write float16 weights to the package."""
+def make_judge(work: Path, steps: int = 2000, batch: int = 64) -> None:
+    """Fit, set the unit of the features, write float16 weights to the package, and print how much of fresh drawings,
+    all combinations and held-out ones, it reads right."""
     torch.manual_seed(0)
     pool, drawn = pictures(work)
     images = drawn.images
@@ -42,6 +36,10 @@ def make_judge(work: Path, steps: int = 1600, batch: int = 64) -> None:
     with torch.no_grad():
         judge.spread.copy_(torch.cat([judge.features(to_net(images[i : i + 256])) for i in range(0, 4096, 256)]).std(0))
     save_file({name: value.half().contiguous() for name, value in judge.state_dict().items()}, WEIGHTS)
+    for split in ("all", "held"):
+        fresh = scenes(4000, SEED_CHECK, split)
+        shares = accuracy(load_judge(), fresh, draw(fresh, SEED_CHECK))
+        print(split, "  ".join(f"{name} {share:.4f}" for name, share in shares.items()), flush=True)
 
 
 def damaged(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,23 +81,3 @@ def accuracy(judge: Judge, drawn: list[Scene], drawings: Drawings) -> dict[str, 
                 rights[name].append(near is not None and getattr(near, name) == getattr(thing, name))
             rights["place"].append(near is not None and np.hypot(near.x - x, near.y - y) < 2)
     return {name: float(np.mean(values)) for name, values in rights.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/tiny"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.work.mkdir(parents=True, exist_ok=True)
-    make_judge(options.work, options.steps, options.batch)
-    for split in ("all", "held"):
-        fresh = scenes(4000, SEED_CHECK, split)
-        shares = accuracy(load_judge(), fresh, draw(fresh, SEED_CHECK))
-        print(split, "  ".join(f"{name} {share:.4f}" for name, share in shares.items()), flush=True)
-
-
-if __name__ == "__main__":
-    main()

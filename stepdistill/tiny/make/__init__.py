@@ -1,0 +1,1 @@
+"""How the embedded world was made: `python -m stepdistill.tiny.make`."""
