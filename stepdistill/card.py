@@ -35,7 +35,7 @@ def header(told: Serving) -> str:
         "pipeline_tag": "text-to-image",
         "tags": tags,
     }
-    if not Path(told.model).is_absolute():  # a folder is no name on the Hub
+    if not Path(told.base).is_absolute():  # a folder is no name on the Hub
         fields |= {"base_model": told.model, "base_model_relation": "adapter" if told.lora else "finetune"}
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
 

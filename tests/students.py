@@ -9,6 +9,7 @@ from pipelines import sd, sd3
 
 from stepdistill.assemble import Distillation, assemble
 from stepdistill.recipe import dump_recipe, load_recipe
+from stepdistill.sources import embedded_models
 
 
 def silent_sd3(shift: float):
@@ -28,9 +29,12 @@ PROMPTS = ["a large red circle", "a small blue star"]
 
 
 def student(folder: Path, teacher: str = "eps", *overrides: str, strategy: str = "{name: lcm}") -> Distillation:
-    """A run folder with a recipe and, beside it, a pipeline; returns its distillation, the student moved by noise."""
-    model, run = folder / f"model-{teacher}", folder / "run"
-    if not model.exists():
+    """A run folder with a recipe; returns its distillation, the student moved by noise.
+
+    The teacher is one of PIPELINES, saved beside the run, or an embedded model.
+    """
+    model, run = teacher if teacher in embedded_models() else folder / f"model-{teacher}", folder / "run"
+    if teacher in PIPELINES and not model.exists():
         PIPELINES[teacher]().save_pretrained(model, safe_serialization=True)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))

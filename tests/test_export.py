@@ -22,6 +22,7 @@ from stepdistill.errors import UserError
 from stepdistill.export import ExportMismatch, check_export, export_run, trainers_latents, write_card, write_export
 from stepdistill.inference import load_pipeline, read_export, sample_run
 from stepdistill.sampling import sample
+from stepdistill.sources import embedded_models
 
 CASES = {  # teacher, strategy, overrides
     "lcm-eps": ("eps", "{name: lcm}", ["train.ema=0.9"]),
@@ -31,6 +32,7 @@ CASES = {  # teacher, strategy, overrides
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
+    **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
 }
 PLAIN = """
 import json, os, pathlib, re, sys
@@ -74,14 +76,14 @@ def plain(made, tmp_path_factory):
         told = read_export(out)
         shutil.copytree(out, place / case)
         job = {
-            "model": told.model if told.lora else "pipeline",
+            "model": told.base if told.lora else "pipeline",
             "lora": bool(told.lora),
             "scheduler": told.sampler.scheduler,
             "prompts": PROMPTS,
             "guidance_scale": told.call["guidance_scale"],
         }
         (place / case / "job.json").write_text(json.dumps(job))
-        torch.save(noise(), place / case / "noise.pt")
+        torch.save(noise(made[case][0]), place / case / "noise.pt")
     script = place.with_name("plain.py")
     script.write_text(PLAIN)
     done = subprocess.run([sys.executable, "-I", script, place], capture_output=True, text=True, check=False)
@@ -89,19 +91,20 @@ def plain(made, tmp_path_factory):
     return {case: place / case for case in made}
 
 
-def noise():
-    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+def noise(distillation):
+    side = distillation.family.resolution
+    return torch.randn(2, *distillation.family.latent_shape(side, side), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_plain_diffusers_gives_the_trainers_samples(made, plain, case):
     distillation, out = made[case]
-    ours = trainers_latents(distillation, read_export(out), noise())
+    ours = trainers_latents(distillation, read_export(out), noise(distillation))
     theirs = torch.load(plain[case] / "latents.pt")
     assert (theirs - ours).abs().max() <= 1e-4
     if "told" not in case:  # the teacher has no such input
         same = distillation.roles.swap(student=distillation.roles.teacher, student_ema=distillation.roles.teacher)
-        teacher = trainers_latents(dataclasses.replace(distillation, roles=same), read_export(out), noise())
+        teacher = trainers_latents(dataclasses.replace(distillation, roles=same), read_export(out), noise(distillation))
         assert (theirs - teacher).abs().max() > 1e-2  # so a lost LoRA would show
 
 
@@ -115,8 +118,8 @@ def test_the_trainers_side_of_the_check_is_sample(made):
     """With noise of the test's own, not that of `trainers_latents`."""
     distillation, out = made["ddim-eps"]
     cond = distillation.family.encode_prompts(PROMPTS)
-    plainly = sample(distillation.students(), distillation.inference(), noise(), cond)
-    assert torch.equal(plainly, trainers_latents(distillation, read_export(out), noise()))
+    plainly = sample(distillation.students(), distillation.inference(), noise(distillation), cond)
+    assert torch.equal(plainly, trainers_latents(distillation, read_export(out), noise(distillation)))
 
 
 @pytest.mark.parametrize("case", ["lcm-eps", "lcm-flow"])
@@ -127,9 +130,9 @@ def test_other_numbers_of_steps(made, case):
         told, generator = read_export(out).at(n), torch.Generator().manual_seed(export.SEED)
         if n != 2:  # that one came with the pipeline
             pipe.scheduler = told.build_scheduler()
-        theirs = export.stock_latents(pipe, told, noise())
+        theirs = export.stock_latents(pipe, told, noise(distillation))
         how, draw = distillation.inference(n), functools.partial(like, generator=generator)
-        assert (theirs - sample(distillation.students(), how, noise(), cond, draw)).abs().max() <= 1e-4
+        assert (theirs - sample(distillation.students(), how, noise(distillation), cond, draw)).abs().max() <= 1e-4
 
 
 def like(x, generator):
@@ -174,9 +177,9 @@ def test_the_kohya_file(made):
 
 
 def test_the_kohya_file_gives_the_same_samples(made):
-    _, out = made["lcm-eps"]
+    distillation, out = made["lcm-eps"]
     told = read_export(out)
-    a, b = (export.stock_latents(export.open_export(out, told, form), told, noise()) for form in told.files)
+    a, b = (export.stock_latents(export.open_export(out, told, form), told, noise(distillation)) for form in told.files)
     assert list(told.files) == ["diffusers", "kohya"] and (a - b).abs().max() <= 1e-5
 
 
