@@ -18,7 +18,8 @@ T5_TOKENS = 256  # what the pipeline's max_sequence_length defaults to
 class SD3(Family):
     """Without a T5 encoder (or with one that says nothing) the pipeline appends 256 zero tokens to every prompt. They have no
     positions, so they stay equal to each other in every block: one of them, counted 256 times in the attention, gives the
-    same output for a third of the work (see `CountedAttention`)."""
+    same output for a third of the work (see `CountedAttention`, which the family sets on the pipeline's network: compare
+    with a stock pipeline that was loaded anew)."""
 
     pipeline = "StableDiffusion3Pipeline"
     lora_targets = (
