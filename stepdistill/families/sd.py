@@ -19,7 +19,7 @@ class SD(Family):
 
     def __init__(self, pipe):
         super().__init__(pipe)
-        self.net.to(memory_format=torch.channels_last)  # convolutions' faster order: a training step takes a quarter less
+        self.net.to(memory_format=torch.channels_last)  # the faster order for convolutions
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
