@@ -1,6 +1,6 @@
 """Measures the embedded teachers' own figures (see `shipped`).
 
-    python -m stepdistill.evaluate.teachers stepdistill/tiny-sd --guidance 2
+    python -m stepdistill.evaluate.teachers stepdistill/tiny-sd --guidance 3
 
 measures them anew, in half an hour on one core, and writes `stepdistill/tiny/<teacher>/figures.json`, keyed by the hash of
 the teacher's files.

@@ -31,11 +31,14 @@ def fit(
     cool: float = 0.4,
     muon: bool = False,
 ) -> nn.Module:
-    """Minimize loss(step) over nets; returns the moving average of nets. Resumes from work/name.pt.
+    """Minimize loss(step) over nets; returns the moving average of nets, of decay `ema`. Resumes from work/name.pt.
 
-    Inner matrices are Muon's if `muon`, all else is AdamW's.
+    The rate rises for `warm` steps, stays at lr, and falls linearly to zero over the last share `cool` of the steps; with
+    more steps a finished fit goes on. AdamW moves everything, or with `muon` only what Muon is not made for: vectors, and the
+    first and last layers.
 
-    The rate rises for `warm` steps, stays at lr, and falls linearly to zero over the last share `cool` of the steps.
+    Raises:
+        RuntimeError: a gradient is not finite.
     """
     path, shadow = work / f"{name}.pt", copy.deepcopy(nets).requires_grad_(False)
     inner = {n: p for n, p in nets.named_parameters() if muon and p.ndim > 1 and not n.startswith(OUTER)}
@@ -45,7 +48,8 @@ def fit(
     start, spent, shown = 0, 0.0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
-        nets.load_state_dict(state["nets"]), shadow.load_state_dict(state["shadow"])
+        nets.load_state_dict(state["nets"])
+        shadow.load_state_dict(state["shadow"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         start, spent = state["step"], state["seconds"]

@@ -49,8 +49,8 @@ def make_latents(work: Path) -> None:
     np.save(work / "ids.npy", token_ids(tokenizer, [scene.caption for scene in told]).numpy())
 
 
-def teacher_batches(work: Path, batch: int) -> tuple[Callable[[], tuple[Tensor, Tensor]], Tensor]:
-    """A function that draws (latents, token ids) of a batch with one caption in ten empty."""
+def teacher_batches(work: Path, batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that draws a batch, one caption in ten empty: latents [batch, 12, 8, 8], token ids [batch, LENGTH]."""
     _, tokenizer, _ = load_parts(work)
     latents, ids = torch.from_numpy(np.load(work / "latents.npy")), torch.from_numpy(np.load(work / "ids.npy"))
     empty = token_ids(tokenizer, [""])
