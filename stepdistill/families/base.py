@@ -28,6 +28,7 @@ class Family(ABC):
         """pipe: a loaded pipeline; its network, autoencoder and text encoders are used as they are."""
         self.pipe = pipe
         self.net: nn.Module = getattr(pipe, self.net_name)
+        self.net.to(memory_format=torch.channels_last)  # the faster order for convolutions
         self.schedule = read_schedule(pipe.scheduler)
         self.kind = read_kind(pipe.scheduler)
 

@@ -17,10 +17,6 @@ class SD(Family):
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
 
-    def __init__(self, pipe):
-        super().__init__(pipe)
-        self.net.to(memory_format=torch.channels_last)  # the faster order for convolutions
-
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         text, _ = self.pipe.encode_prompt(prompts, self.pipe.text_encoder.device, 1, False)
