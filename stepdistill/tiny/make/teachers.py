@@ -95,7 +95,7 @@ def new_ddpm_scheduler():
     )
 
 
-def make_sd(work: Path, steps: int = 12600, batch: int = 64) -> None:
+def make_sd(work: Path, steps: int = 15500, batch: int = 64) -> None:
     """tiny-sd's UNet: mean squared error in v at uniform timesteps."""
     torch.manual_seed(2)
     net, draw_batch, (_, _, encoder) = new_unet(), teacher_batches(work, batch), load_parts(work)
