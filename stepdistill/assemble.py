@@ -32,9 +32,7 @@ class Distillation:
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights that training may change, by name: roles/student/..., modules/head/..."""
-        roles = {
-            f"roles/{who}/{name}": p for who, role in self.roles.items() for name, p in role.named_parameters().items()
-        }
+        roles = {f"roles/{who}/{name}": p for who, role in self.roles.items() for name, p in role.named_parameters().items()}
         modules = {
             f"modules/{key}/{name}": x
             for key, module in self.strategy.modules().items()

@@ -1,6 +1,5 @@
-"""Named tensors and a small JSON, saved as one folder that is either complete or absent.
-
-    checkpoints/000100/state.safetensors, state.json
+"""Named tensors and a small JSON, saved as one folder that is either complete or absent:
+checkpoints/000100/state.safetensors and state.json.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ def guide(cond: Prediction, null: Prediction, scale: float | Tensor) -> Predicti
     Each parameterization is affine in the others at fixed x_t, so guiding x0 and eps guides them all.
     """
     w = like(scale, cond.x0) if isinstance(scale, Tensor) else scale
-    return Prediction(
-        null.x0 + w * (cond.x0 - null.x0), null.eps + w * (cond.eps - null.eps), cond.alpha, cond.sigma
-    )
+    return Prediction(null.x0 + w * (cond.x0 - null.x0), null.eps + w * (cond.eps - null.eps), cond.alpha, cond.sigma)
 
 
 def transition(since: tuple[Tensor, Tensor], to: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -76,4 +76,3 @@ def about(cls: type) -> str:
     """What a class says of itself: the docstring of its module (method, paper), then its own."""
     module = inspect.getdoc(sys.modules[cls.__module__]) or ""
     return f"{module}\n\n{inspect.getdoc(cls) or ''}".strip()
-

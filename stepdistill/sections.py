@@ -109,9 +109,12 @@ def check(
             name, _, rest = message.partition(": ")
             yield (("strategy", name), rest) if name in fields_of(type(strategy)) else (("strategy",), message)
         if "x0" in strategy.needs and values.get("data.images", "") is None:
-            yield ("data", "images"), (
-                f"null, but strategy {strategy_name} learns from pictures; give a folder of pictures with captions, "
-                f"or stepdistill/tiny, or other settings (see: stepdistill explain {strategy_name})"
+            yield (
+                ("data", "images"),
+                (
+                    f"null, but strategy {strategy_name} learns from pictures; give a folder of pictures with captions, "
+                    f"or stepdistill/tiny, or other settings (see: stepdistill explain {strategy_name})"
+                ),
             )
     told = values.get("strategy.embed_guidance")
     if told is not None and "lora.rank" in values:

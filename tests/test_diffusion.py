@@ -8,9 +8,7 @@ from stepdistill.diffusion import Prediction, guide, halves, like, mix, read, tr
 
 T = torch.tensor([0.05, 0.3, 0.62, 0.97], dtype=F64)
 EDM = torch.ones(4, dtype=F64), 6 * T
-EVERY = pytest.mark.parametrize(
-    "coefficients", [VP.alpha_sigma(T), FLOW.alpha_sigma(T), EDM], ids=["vp", "flow", "edm"]
-)
+EVERY = pytest.mark.parametrize("coefficients", [VP.alpha_sigma(T), FLOW.alpha_sigma(T), EDM], ids=["vp", "flow", "edm"])
 GENERATOR = torch.Generator().manual_seed(0)
 X0, EPS = torch.randn(2, 4, 3, 5, dtype=F64, generator=GENERATOR)
 

@@ -57,9 +57,7 @@ def test_renoising_is_the_loop_of_lcm_scheduler(kind, steps, original):
         raw = roles.student.family.forward(roles.student.net, x, torch.full([3], k.item() / 999, dtype=F64), {})
         x, clean = stock.step(raw, k, x, generator, return_dict=False)
     generator = torch.Generator().manual_seed(1)
-    got = sample(
-        roles, Inference(hops(VP, steps)), NOISE, {}, lambda x: torch.randn(x.shape, generator=generator, dtype=F64)
-    )
+    got = sample(roles, Inference(hops(VP, steps)), NOISE, {}, lambda x: torch.randn(x.shape, generator=generator, dtype=F64))
     assert torch.allclose(got, clean, rtol=0, atol=1e-5)
 
 

@@ -64,9 +64,7 @@ class Samples:
         t = x.new_full([1], 0.5)
         name = next(name for name in roles if name.startswith("student"))
         if step and torch.equal(roles[name](x, t, cond).x0, roles.teacher(x, t, cond).x0):
-            self.line.say(
-                f"warning: after {step} steps the student still equals the teacher; is its learning rate too low?"
-            )
+            self.line.say(f"warning: after {step} steps the student still equals the teacher; is its learning rate too low?")
 
 
 def teacher_scale(distillation: Distillation) -> float:

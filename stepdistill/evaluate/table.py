@@ -101,9 +101,7 @@ def measure(distillation: Distillation, walk: Walk, label: str, line: Line, n: i
 
 def render(rows: list[Row], least: float) -> str:
     """The table as text."""
-    head = (
-        f"{'':<30}{'evaluations':>12}{'FD':>9}{'95 % interval':>20}{'alignment':>11}{'diversity':>11}{'ms/image':>10}"
-    )
+    head = f"{'':<30}{'evaluations':>12}{'FD':>9}{'95 % interval':>20}{'alignment':>11}{'diversity':>11}{'ms/image':>10}"
     lines = ["", head, "-" * len(head)]
     for row in sorted(rows, key=lambda row: (row["who"] == "student", -row["steps"], -row["guidance"])):
         name = f"{row['who']}, {plural(row['steps'])}"

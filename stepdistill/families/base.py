@@ -85,9 +85,7 @@ class Family(ABC):
         Raises:
             ValueError: this pipeline's stock network has no such input.
         """
-        raise ValueError(
-            f"{self.pipeline} cannot embed a guidance scale in its network; set strategy.embed_guidance to null"
-        )
+        raise ValueError(f"{self.pipeline} cannot embed a guidance scale in its network; set strategy.embed_guidance to null")
 
 
 def read_kind(scheduler: Any) -> Kind:

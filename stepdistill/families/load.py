@@ -22,9 +22,7 @@ def load_pipeline_folder(
     """A stock pipeline in evaluation mode, from safetensors files only."""
     folder = embedded_models().get(source, source)
     with quiet():
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, revision=revision, variant=variant, use_safetensors=True
-        )
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, revision=revision, variant=variant, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -124,8 +124,7 @@ def test_the_last_token_s_count_matters(gradients):
 
 def test_counting_is_only_where_tokens_stay_equal():
     processors = {
-        name: {type(p).__name__ for p in SD3(pipelines.sd3(**kw)).net.attn_processors.values()}
-        for name, kw in VARIANTS.items()
+        name: {type(p).__name__ for p in SD3(pipelines.sd3(**kw)).net.attn_processors.values()} for name, kw in VARIANTS.items()
     }
     assert processors["no_t5"] == {"CountedAttention"}
     assert processors["t5"] == processors["dual"] == {"JointAttnProcessor2_0"}
