@@ -7,8 +7,8 @@ stopped. After a new judge, `python -m stepdistill.evaluate` remakes the referen
 `python -m stepdistill.evaluate.teachers` their figures.
 
 Settings are the stages' defaults. What ships took, on one core of a 2-core machine (torch 2.13, AVX2): judge 17 min,
-autoencoder 20 min, decoder 11 min, text 4 min, latents 3 min, sd 3 h 25 min (in three sittings that each cooled: 4,100 steps, on to
-12,600, on to 15,500). tiny-sd3 does not ship yet: `sd3` has not run to its end; its first 1,000 steps were AdamW's alone.
+autoencoder 20 min, decoder 11 min, text 4 min, latents 3 min, sd 3 h 25 min (in three sittings that each cooled: 4,100 steps,
+on to 12,600, on to 15,500), sd3 3 h 16 min (its first 1,000 steps were AdamW's alone).
 """
 
 from __future__ import annotations

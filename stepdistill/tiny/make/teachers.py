@@ -136,7 +136,7 @@ def new_transformer() -> nn.Module:
     return net
 
 
-def make_sd3(work: Path, steps: int = 12000, batch: int = 48) -> None:
+def make_sd3(work: Path, steps: int = 9500, batch: int = 48) -> None:
     """tiny-sd3's transformer: mean squared error in the velocity at logit-normal times, arXiv:2403.03206, Sec. 3.1."""
     from ...families.sd3 import T5_TOKENS, CountedAttention
 
