@@ -109,13 +109,9 @@ def check(
             name, _, rest = message.partition(": ")
             yield (("strategy", name), rest) if name in fields_of(type(strategy)) else (("strategy",), message)
         if "x0" in strategy.needs and values.get("data.images", "") is None:
-            yield (
-                ("data", "images"),
-                (
-                    f"null, but strategy {strategy_name} learns from pictures; give a folder of pictures with captions, "
-                    f"or stepdistill/tiny, or other settings (see: stepdistill explain {strategy_name})"
-                ),
-            )
+            others = f"or other settings (see: stepdistill explain {strategy_name})"
+            remedy = f"give a folder of pictures with captions, or stepdistill/tiny, {others}"
+            yield ("data", "images"), f"null, but strategy {strategy_name} learns from pictures; {remedy}"
     told = values.get("strategy.embed_guidance")
     if told is not None and "lora.rank" in values:
         yield ("strategy", "embed_guidance"), f"{told} adds an input, which a LoRA cannot; set lora: null, or this"

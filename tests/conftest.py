@@ -1,5 +1,47 @@
-"""Makes `worlds` and `pipelines`, the helpers beside this file, importable from every test below it."""
+"""Makes the helpers beside this file importable from every test below it, and what several test files start from."""
 
+import json
+import shutil
+
+import pytest
 import torch
+from students import CASES, student
+
+from stepdistill.export import write_export
 
 torch.set_num_threads(1)  # the nets here are tiny: threads would wait for each other
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Case of students.CASES -> distillation, export folder."""
+    found = {}
+    for case, (teacher, strategy, overrides) in CASES.items():
+        folder = tmp_path_factory.mktemp(case)
+        distillation = student(folder, teacher, *overrides, strategy=strategy)
+        write_export(distillation, folder / "run" / "export", None if case == "lcm-eps" else ("diffusers",))
+        found[case] = distillation, folder / "run" / "export"
+    return found
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    distillation, out = made["lcm-eps"]
+    return distillation, shutil.copytree(out, tmp_path / "export")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with a pipeline, prompts and captioned pictures, as far as a check looks: nothing is opened."""
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], **parts}
+    for part in parts:
+        (tmp_path / "teacher" / part).mkdir(parents=True)
+        (tmp_path / "teacher" / part / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "teacher" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        (tmp_path / "pictures" / f"{name}.png").write_bytes(b"picture")
+        (tmp_path / "pictures" / f"{name}.txt").write_text(f"caption {name}")
+    return tmp_path

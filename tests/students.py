@@ -25,6 +25,16 @@ PIPELINES = {
     "flow": lambda: silent_sd3(3.0),
     "shift1": lambda: sd3(with_t5=True, shift=1.0),
 }
+CASES = {  # of exports: teacher, strategy, overrides
+    "lcm-eps": ("eps", "{name: lcm}", ["train.ema=0.9"]),
+    "dmd2-v": ("v", "{name: dmd2}", []),
+    "ddim-eps": ("eps", "{name: dmd2, renoise: false}", []),
+    "lcm-flow": ("flow", "{name: lcm}", []),
+    "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
+    "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
+    "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
+    **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
+}
 PROMPTS = ["a large red circle", "a small blue star"]
 
 
@@ -59,3 +69,9 @@ def move(distillation: Distillation, seed: int = 0) -> None:
         if who.startswith("student"):
             for p in role.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+def noise(distillation: Distillation) -> torch.Tensor:
+    """Latents of two samples, the same each time."""
+    side = distillation.family.resolution
+    return torch.randn(2, *distillation.family.latent_shape(side, side), generator=torch.Generator().manual_seed(3))

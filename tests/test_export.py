@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -11,29 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
-from safetensors import safe_open
+from diffusers import LCMScheduler
 from safetensors.torch import load_file, save_file
-from students import PROMPTS, student
+from students import CASES, PROMPTS, noise, student
 
 from stepdistill import checkpoint, export
-from stepdistill.card import card
 from stepdistill.errors import UserError
-from stepdistill.export import ExportMismatch, check_export, export_run, trainers_latents, write_card, write_export
+from stepdistill.export import ExportMismatch, check_export, export_run, trainers_latents, write_export
 from stepdistill.inference import load_pipeline, read_export, sample_run
 from stepdistill.sampling import sample
-from stepdistill.sources import embedded_models
 
-CASES = {  # teacher, strategy, overrides
-    "lcm-eps": ("eps", "{name: lcm}", ["train.ema=0.9"]),
-    "dmd2-v": ("v", "{name: dmd2}", []),
-    "ddim-eps": ("eps", "{name: dmd2, renoise: false}", []),
-    "lcm-flow": ("flow", "{name: lcm}", []),
-    "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
-    "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
-    "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
-    **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
-}
 PLAIN = """
 import json, os, pathlib, re, sys
 sys.modules["stepdistill"] = None  # importing it raises ImportError
@@ -57,18 +43,6 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Case -> distillation, export folder."""
-    found = {}
-    for case, (teacher, strategy, overrides) in CASES.items():
-        folder = tmp_path_factory.mktemp(case)
-        distillation = student(folder, teacher, *overrides, strategy=strategy)
-        write_export(distillation, folder / "run" / "export", None if case == "lcm-eps" else ("diffusers",))
-        found[case] = distillation, folder / "run" / "export"
-    return found
-
-
-@pytest.fixture(scope="module")
 def plain(made, tmp_path_factory):
     """Case -> a copy of its export in which plain diffusers has worked: latents.pt, picture.png."""
     place = tmp_path_factory.mktemp("elsewhere")
@@ -89,11 +63,6 @@ def plain(made, tmp_path_factory):
     done = subprocess.run([sys.executable, "-I", script, place], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {case: place / case for case in made}
-
-
-def noise(distillation):
-    side = distillation.family.resolution
-    return torch.randn(2, *distillation.family.latent_shape(side, side), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,59 +108,6 @@ def like(x, generator):
     return torch.randn(x.shape, generator=generator)
 
 
-def test_the_diffusers_file(made):
-    distillation, out = made["lcm-eps"]
-    assert {p.name for p in out.iterdir()} == {
-        *("README.md", "pytorch_lora_weights.safetensors", "tiny_kohya.safetensors", "scheduler", "stepdistill.json"),
-    }
-    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
-        header, keys = file.metadata(), list(file.keys())
-        tensors = {key: file.get_tensor(key) for key in keys}
-    assert all(re.fullmatch(r"unet\.[a-z0-9_.]+\.lora_[AB]\.weight", key) for key in keys)
-    assert header.keys() == {"format", "stepdistill.inference"}  # neither adapter metadata nor alphas
-    assert json.loads(header["stepdistill.inference"]) == json.loads((out / "stepdistill.json").read_text())
-    average = distillation.roles.student_ema.named_parameters()
-    assert tensors.keys() == {f"unet.{name}" for name in average}
-    for name, p in average.items():  # the average is what was exported, not the student
-        assert torch.equal(tensors[f"unet.{name}"], p) and tensors[f"unet.{name}"].dtype == torch.float32
-    assert all(x.shape[0] == 4 for key, x in tensors.items() if "lora_A" in key)  # alpha = rank is what loaders assume
-
-
-def test_the_kohya_file(made):
-    _, out = made["lcm-eps"]
-    state = load_file(out / "tiny_kohya.safetensors")
-    modules = {key.rsplit(".", 2 if key.endswith("weight") else 1)[0] for key in state}
-    peft = {key.split(".lora_")[0] for key in load_file(out / "pytorch_lora_weights.safetensors")}
-    assert modules == {"lora_" + name.replace(".", "_") for name in peft}
-    for module in modules:
-        down, up, alpha = (state[f"{module}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
-        assert alpha.shape == () and alpha.item() == down.shape[0] == up.shape[1] == 4
-    convolution = state["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"]
-    assert convolution.shape == (4, 8, 3, 3)
-    with safe_open(out / "tiny_kohya.safetensors", "pt") as file:
-        header = file.metadata()
-    assert "lora_adapter_metadata" not in header  # beside alphas diffusers refuses it
-    assert header["ss_network_dim"] == "4" and header["ss_network_module"] == "networks.lora"
-    assert header["modelspec.usage_hint"].startswith("4 steps, sampler lcm, scheduler simple, cfg 1.0")
-    assert "modelspec.architecture" not in header  # the text of this base is 16 wide: no base that is known
-
-
-def test_the_kohya_file_gives_the_same_samples(made):
-    distillation, out = made["lcm-eps"]
-    told = read_export(out)
-    a, b = (export.stock_latents(export.open_export(out, told, form), told, noise(distillation)) for form in told.files)
-    assert list(told.files) == ["diffusers", "kohya"] and (a - b).abs().max() <= 1e-5
-
-
-def test_fused(made, tmp_path):
-    distillation, _ = made["lcm-flow"]
-    finding = write_export(distillation, tmp_path / "e", ("fused",))
-    assert re.fullmatch("checked: fused, in stock diffusers: the trainer's latents to .*", finding)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "e" / "fused", dtype=torch.float32)
-    assert not hasattr(pipe.transformer, "peft_config")
-    assert "fused" in (tmp_path / "e" / "README.md").read_text()
-
-
 def test_a_whole_pipeline_leaves_the_teachers_alone(made):
     distillation, out = made["lcm-told-guidance"]
     assert {p.name for p in out.iterdir()} == {"README.md", "pipeline", "scheduler", "stepdistill.json"}
@@ -208,12 +124,6 @@ def test_restored_from_a_checkpoint(made, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("checked: pytorch_lora_weights.safetensors, in stock diffusers")
     again, before = (load_file(place / "pytorch_lora_weights.safetensors") for place in (tmp_path / "again", out))
     assert all(torch.equal(again[key], before[key]) for key in before)
-
-
-@pytest.fixture
-def copied(made, tmp_path):
-    distillation, out = made["lcm-eps"]
-    return distillation, shutil.copytree(out, tmp_path / "export")
 
 
 def spoil_a_tensor(out):
@@ -311,38 +221,6 @@ def test_a_folder_of_somebody_elses_is_not_touched(made, tmp_path):
     with pytest.raises(UserError, match="exists and is not an export"):
         write_export(made["lcm-eps"][0], tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_the_card(made, tmp_path):
-    flow, eps = (read_export(made[case][1]) for case in ("dmd2-flow-renoising", "lcm-eps"))
-    text = (made["lcm-eps"][1] / "README.md").read_text()
-    assert text.startswith('---\nlibrary_name: "diffusers"')
-    assert "Negative prompts have no effect" in text and "ComfyUI" in text
-    assert "torch.manual_seed" in card(flow).split("```")[2] and "reproducible only" not in text
-    assert "base_model" not in text.split("---")[1]  # a folder is none
-    assert "| 2 | saved, with shift" in card(read_export(made["lcm-flow"][1]))
-    assert "scale 1 is what was trained" in card(eps)
-
-
-def test_the_card_shows_figures_and_the_newest_grid(copied, tmp_path):
-    _, out = copied
-    run = tmp_path
-    (run / "recipe.yaml").write_text("")
-    for name in ("eval", "samples"):
-        (run / name).mkdir()
-    rows = [
-        {"who": "teacher", "steps": 25, "solver": "UniPC", "guidance": 2.0, "n": 8, "fd": 2.5},
-        {"who": "teacher", "steps": 25, "solver": "DDIM", "guidance": 2.0, "n": 8, "fd": 9.75},
-        {"who": "student", "steps": 4, "solver": "", "guidance": 1.0, "n": 8, "fd": 3.14159, "alignment": None},
-    ]
-    (run / "eval" / "table.json").write_text(json.dumps({"rows": rows, "provenance": {"seed": 1}}))
-    for step in ("000300", "000100"):
-        (run / "samples" / f"{step}.png").write_bytes(step.encode())
-    write_card(out, run)
-    text = (out / "README.md").read_text()
-    assert "| student | 4 | 1 |  | 8 | 3.142 |" in text and "| teacher | 25 | 2 | UniPC | 8 | 2.5 |" in text
-    assert "9.75" not in text  # only the best solver
-    assert "](samples.png)" in text and (out / "samples.png").read_bytes() == b"000300"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

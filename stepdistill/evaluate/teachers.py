@@ -2,8 +2,8 @@
 
     python -m stepdistill.evaluate.teachers stepdistill/tiny-sd --guidance 3
 
-measures them anew, in half an hour on one core, and writes `stepdistill/tiny/<teacher>/figures.json`, keyed by the hash of
-the teacher's files.
+measures them anew, in half an hour (tiny-sd) to an hour (tiny-sd3) on one core, and writes
+`stepdistill/tiny/<teacher>/figures.json`, keyed by the hash of the teacher's files.
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""What a recipe names - model, prompts, pictures - is refused before any work if it cannot serve."""
+
+import pytest
+from written import only, problems, swapped, write
+
+from stepdistill.recipe import load_recipe
+
+
+def test_missing_model(root):
+    assert "does not exist" in only(write(root, swapped("{root}/teacher", "./nowhere")))
+    assert "does not exist" in only(write(root, swapped("{root}/teacher", "a/b/c")))
+    assert "does not exist" in only(write(root, swapped("{root}/teacher", "weights")))
+    assert "is no embedded model" in only(write(root, swapped("{root}/teacher", "stepdistill/tinysd")))
+
+
+def test_hub_id_is_left_to_diffusers(root):
+    assert load_recipe(write(root, swapped("{root}/teacher", "org/FLUX.1-dev"))).model.source == "org/FLUX.1-dev"
+
+
+def test_folder_that_is_no_pipeline(root):
+    assert "is not a pipeline: it has no model_index.json" in only(write(root, swapped("/teacher", "/pictures")))
+    assert "is a file, but a pipeline is a folder" in only(write(root, swapped("/teacher", "/prompts.txt")))
+    index = root / "teacher" / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "DanceDiffusionPipeline"))
+    assert "holds a DanceDiffusionPipeline, which is not supported; supported are" in only(write(root))
+    index.write_text("{")
+    assert "cannot be read" in only(write(root))
+
+
+def test_pipeline_without_a_part(root):
+    (root / "teacher" / "vae").rename(root / "elsewhere")
+    assert "lacks its folder vae" in only(write(root))
+
+
+def test_variant_without_weights(root):
+    found = problems(write(root), "model.variant=fp16")
+    assert "unet has no weights of the variant fp16, only diffusion_pytorch_model.safetensors" in found[0]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
+def test_pickled_weights_are_refused(root, suffix):
+    unet = root / "teacher" / "unet"
+    pickled = unet / f"diffusion_pytorch_model{suffix}"
+    pickled.write_bytes(b"weights")
+    load_recipe(write(root))  # a safetensors twin lies beside it, and is what is read
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    text = only(write(root))
+    assert f"unet/{pickled.name} is a pickled weight file, and unpickling runs whatever code it holds" in text
+    assert "save the model as safetensors" in text
+    assert "pickled" in only(write(root, swapped("{root}/teacher", str(pickled))))
+
+
+def test_prompts(root):
+    prompts = root / "prompts.txt"
+    prompts.write_text(" \n\n")
+    assert only(write(root)) == f"{root}/my.yaml:9  data.prompts: {prompts} is empty; write one prompt a line"
+    prompts.write_bytes(b"\xff\xfe\xff")
+    assert "is not text in UTF-8" in only(write(root))
+    prompts.unlink()
+    assert "does not exist" in only(write(root))
+    prompts.mkdir()
+    assert "is a folder" in only(write(root))
+
+
+def test_pictures(root):
+    (root / "pictures" / "b.txt").write_text("\n")
+    (root / "pictures" / "c.JPG").write_bytes(b"picture")
+    text = only(write(root))
+    assert text.startswith(f"{root}/my.yaml:10  data.images: {root}/pictures has 2 of 3 pictures without a caption: ")
+    assert "b.png, c.JPG; every picture needs one" in text
+    assert "write b.txt, or move the picture away" in text
+    for file in (root / "pictures").iterdir():
+        file.unlink()
+    assert "holds no pictures" in only(write(root))
+    (root / "pictures").rmdir()
+    assert "does not exist" in only(write(root))
