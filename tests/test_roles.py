@@ -1,4 +1,4 @@
-"""Roles on real diffusers networks: the traps that were measured (design.md), each with its remedy switched off too."""
+"""Roles on real diffusers networks: the traps that were measured, each with its remedy switched off too."""
 
 import copy
 

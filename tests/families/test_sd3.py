@@ -6,6 +6,7 @@ import pipelines
 import pytest
 import torch
 from pipelines import PROMPTS, watch
+from torch import nn
 
 from stepdistill.families import FAMILIES, SD3
 from stepdistill.families.sd3 import T5_TOKENS
@@ -133,3 +134,11 @@ def test_counting_is_only_where_tokens_stay_equal():
 def test_a_guidance_embedding_is_refused():
     with pytest.raises(ValueError, match="embed_guidance to null"):
         build_roles(SD3(pipelines.sd3()), ["student"], None, embed_guidance=True)
+
+
+def test_lora_targets_reach_every_kind_of_layer():
+    """Attention, feed-forward, modulation and the last layer; not what makes embeddings of pixels, time and text."""
+    layers = {n for n, m in pipelines.sd3().transformer.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    missed = {n for n in layers if not any(n == t or n.endswith("." + t) for t in SD3.lora_targets)}
+    embedders = [f"time_text_embed.{x}_embedder.linear_{i}" for x in ("timestep", "text") for i in (1, 2)]
+    assert missed == {"pos_embed.proj", "context_embedder", *embedders}
