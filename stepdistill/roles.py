@@ -114,13 +114,23 @@ class Denoiser:
         plain = null is None and bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
         if plain:
             return self(x_t, t, cond)
+        return guide(*self.pair(x_t, t, cond, null, scale), scale)
+
+    def pair(
+        self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], null: dict[str, Tensor] | None, scale: float | Tensor
+    ) -> tuple[Prediction, Prediction]:
+        """Conditional and unconditional predictions, of which guidance at `scale` is made, in one forward.
+
+        Raises:
+            ValueError: null is None (a guidance-distilled teacher).
+        """
         if null is None:
             raise ValueError(
                 f"guidance scale {scale} needs an unconditional prediction, but this teacher has none (its guidance is "
                 f"distilled); set guidance to 1"
             )
         both = {name: torch.cat([cond[name], null[name]]) for name in null}
-        return guide(*halves(self(torch.cat([x_t, x_t]), torch.cat([t, t]), both)), scale)
+        return halves(self(torch.cat([x_t, x_t]), torch.cat([t, t]), both))
 
     def features(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Prediction, Tensor]:
         """The prediction, and the tokens [B, L, C] of the block that the family names for discriminators."""

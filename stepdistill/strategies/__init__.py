@@ -2,9 +2,13 @@
 
 from .base import Strategy
 from .dmd2 import DMD2
+from .f_distill import FDistill
 from .lcm import LCM
+from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "dmd2": DMD2,
+    "f_distill": FDistill,
     "lcm": LCM,
+    "vsd": VSD,
 }

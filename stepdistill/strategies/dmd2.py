@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..batch import Draw
+from ..batch import Batch, Draw
 from ..fields import ranged
-from ..losses import distribution_matching, gan_critic, gan_student
+from ..losses import distribution_matching, gan_student
 from ..roles import Roles
-from ..sampling import Hop, Inference, trailing
+from ..sampling import Inference
 from .base import Strategy
-from .shared import INSIDE, Head, fit_fake, generate, renoises
+from .shared import Head, discriminate, fit_fake, generate, logits, own_steps, renoises
 
 
 @dataclass
@@ -22,13 +22,19 @@ class DMD2(Strategy):
     """The student's own samples are moved to where the teacher finds them likelier than a critic, the fake score, which
     keeps learning what the student makes. Data-free, unless gan adds a discriminator on real pictures.
 
-    Guidance acts on the teacher alone; the critic is never guided.
+    Guidance acts on the teacher alone; the critic is never guided. Decoupled DMD (decoupled: true) adds what guidance says at
+    less noisy times than the matching's, below the student's own step: it is what makes few-step students sharp, while the
+    matching keeps their distribution in place.
     """
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
     times: tuple[float, ...] | None = ranged(None, above=0, high=1)  # their times, from noise down; null: equal steps
     guidance: float = ranged(8.0, low=1)  # scale of the teacher
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
+    decoupled: bool = False  # guide at times of their own: Decoupled DMD, arXiv:2511.22677
+    augment_range: tuple[float, float] | None = ranged(
+        None, above=0, below=1
+    )  # those times; null: t_range times the student's own
     student_every: int = ranged(5, low=1)  # critic updates for each of the student: two time-scales, Sec. 4.2
     alternate: bool = False  # no critic update when the student moves; false: both, on the same samples
     fake_loss: Literal["eps", "x0", "v", "flow"] | None = None  # space of the critic's error; null: the network's own
@@ -50,6 +56,12 @@ class DMD2(Strategy):
             yield f"times: {list(self.times)} do not fall; write them from noise (1) down"
         if self.t_range[0] >= self.t_range[1]:
             yield f"t_range: {list(self.t_range)} is no range; write the smaller time first"
+        if self.augment_range and not self.decoupled:
+            yield "augment_range: guidance has times of its own only with decoupled: true; set that, or augment_range to null"
+        if self.augment_range and self.augment_range[0] >= self.augment_range[1]:
+            yield f"augment_range: {list(self.augment_range)} is no range; write the smaller time first"
+        if self.decoupled and self.guidance == 1:
+            yield "decoupled: guidance 1 adds nothing that could be decoupled; set guidance above 1"
         if self.alternate and self.student_every < 2:
             yield "alternate: the critic never moves with student_every: 1; set student_every to 2 or more"
 
@@ -65,12 +77,12 @@ class DMD2(Strategy):
 
     def losses(self, roles, batch, draw):
         turn = draw.step % self.student_every == 0
-        x0 = generate(roles, self.inference(roles.schedule), batch, draw, grad=turn)
+        x0, time = generate(roles, self.inference(roles.schedule), batch, draw, grad=turn)
         if turn:
-            loss = matching = self.match(roles, x0, batch, draw)
+            loss = matching = self.match(roles, x0, time, batch, draw)
             logs = {"matching": matching}
             if self.gan:
-                logs["gan"] = gan_student(self.logits(roles, x0, batch.cond, draw))
+                logs["gan"] = gan_student(logits(self.head, self.gan_on, roles, x0, batch.cond, draw))
                 loss = matching + self.gan * logs["gan"]
             yield "student", loss, logs
         if turn and self.alternate:
@@ -79,27 +91,27 @@ class DMD2(Strategy):
         loss = fit_fake(roles, x0, batch.cond, draw, self.fake_loss)
         yield "critic", loss, {"denoising": loss}
         if self.gan:
-            real, fake = (self.logits(roles, x, batch.cond, draw) for x in (batch.x0, x0))
-            loss = gan_critic(real, fake)
-            yield "critic", self.gan_critic * loss, {"gan": loss, "real": real.mean(), "fake": fake.mean()}
+            yield discriminate(self.head, self.gan_on, roles, x0, batch, draw, self.gan_critic)
 
-    def match(self, roles: Roles, x0: Tensor, batch, draw: Draw) -> Tensor:
-        """Distribution matching at one random time for each sample, Eq. 3."""
+    def match(self, roles: Roles, x0: Tensor, time: float, batch: Batch, draw: Draw) -> Tensor:
+        """Distribution matching at one random time for each sample, Eq. 3; time: of the student's evaluation."""
         t = roles.schedule.warp(draw.uniform(*self.t_range))
         x_t = roles.noise(x0, t, draw.normal(x0))
         with torch.no_grad():
-            real = roles.teacher.guided(x_t, t, batch.cond, batch.null, self.guidance)
-            fake = roles.fake(x_t, t, batch.cond)
-        return distribution_matching(x0, real.x0, fake.x0)
+            fake = roles.fake(x_t, t, batch.cond).x0
+            if self.decoupled:
+                real = roles.teacher(x_t, t, batch.cond).x0 + self.augmentation(roles, x0, time, batch, draw)
+            else:
+                real = roles.teacher.guided(x_t, t, batch.cond, batch.null, self.guidance).x0
+        return distribution_matching(x0, real, fake)
 
-    def logits(self, roles: Roles, x0: Tensor, cond: dict[str, Tensor], draw: Draw) -> Tensor:
-        """The discriminator on samples noised to a random time, [B, L]."""
-        t = roles.schedule.warp(draw.uniform(*INSIDE))
-        _, features = roles[self.gan_on].features(roles.noise(x0, t, draw.normal(x0)), t, cond)
-        return self.head(features)
+    def augmentation(self, roles: Roles, x0: Tensor, time: float, batch: Batch, draw: Draw) -> Tensor:
+        """What guidance adds to a clean prediction, [B, ...], at times of its own. Decoupled DMD, arXiv:2511.22677."""
+        s = roles.schedule.warp(draw.uniform(*(self.augment_range or self.t_range)))
+        s = s if self.augment_range else s * time
+        cond, null = roles.teacher.pair(roles.noise(x0, s, draw.normal(x0)), s, batch.cond, batch.null, self.guidance)
+        return (self.guidance - 1) * (cond.x0 - null.x0)
 
     def inference(self, schedule, steps=None):
-        hops = trailing(schedule.grid(self.steps)) if self.times is None else tuple(map(Hop, self.times))
-        if self.steps % (steps or self.steps):
-            raise ValueError(f"a DMD2 student of {self.steps} steps cannot take {steps}; use a divisor of {self.steps}")
-        return Inference(hops[:: self.steps // (steps or self.steps)], renoise=renoises(self.renoise, schedule))
+        hops = own_steps("DMD2", schedule, self.steps, self.times, steps)
+        return Inference(hops, renoise=renoises(self.renoise, schedule))

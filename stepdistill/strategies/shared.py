@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch, Draw
-from ..losses import denoising
+from ..losses import denoising, gan_critic
 from ..roles import Roles
-from ..sampling import Inference, ask, rollout
+from ..sampling import Hop, Inference, ask, rollout, trailing
 from ..schedules import RectifiedFlow, Schedule
+from .base import Loss
 
 INSIDE = (0.002, 0.998)  # drawn times stay off the ends, where reading one parameterization from another divides by zero
 
@@ -19,8 +20,21 @@ def renoises(choice: bool | None, schedule: Schedule) -> bool:
     return not isinstance(schedule, RectifiedFlow) if choice is None else choice
 
 
-def generate(roles: Roles, how: Inference, batch: Batch, draw: Draw, grad: bool) -> Tensor:
-    """The student's clean sample [B, ...] after a random number of its own steps, the same for the whole iteration.
+def own_steps(name: str, schedule: Schedule, steps: int, times: tuple[float, ...] | None, asked: int | None) -> tuple[Hop, ...]:
+    """The hops of a student that is trained at its own few times only (None: those of equal steps).
+
+    Raises:
+        ValueError: it is asked to take a number of steps whose times it was not trained at.
+    """
+    hops = trailing(schedule.grid(steps)) if times is None else tuple(map(Hop, times))
+    if steps % (asked or steps):
+        raise ValueError(f"a {name} student of {steps} steps cannot take {asked}; use a divisor of {steps}")
+    return hops[:: steps // (asked or steps)]
+
+
+def generate(roles: Roles, how: Inference, batch: Batch, draw: Draw, grad: bool) -> tuple[Tensor, float]:
+    """The student's clean sample [B, ...] after a random number of its own steps, the same for the whole iteration; and
+    the time of its last evaluation.
 
     Backward simulation, DMD2, arXiv:2405.14867, Sec. 4.4: it walks there from pure noise without gradient, as it will at
     inference; only its last evaluation has one (if grad).
@@ -28,7 +42,7 @@ def generate(roles: Roles, how: Inference, batch: Batch, draw: Draw, grad: bool)
     exit_hop = draw.choice(len(how.hops))
     x_t, _ = rollout(roles, how, batch.noise, batch.cond, draw.normal, exit_hop)
     with torch.set_grad_enabled(grad):
-        return ask(roles, how, how.hops[exit_hop], x_t, batch.cond).x0
+        return ask(roles, how, how.hops[exit_hop], x_t, batch.cond).x0, how.hops[exit_hop].time
 
 
 def fit_fake(roles: Roles, x0: Tensor, cond: dict[str, Tensor], draw: Draw, space: str | None = None) -> Tensor:
@@ -41,6 +55,13 @@ def fit_fake(roles: Roles, x0: Tensor, cond: dict[str, Tensor], draw: Draw, spac
     return denoising(p, x0, eps, space or roles.fake.kind)
 
 
+def drop_prompts(batch: Batch, which: Tensor) -> dict[str, Tensor]:
+    """The batch's encoded prompts, empty for the samples `which` [B] marks; all of them if there is no empty prompt."""
+    if batch.null is None:
+        return batch.cond
+    return {name: torch.where(which.reshape(-1, *[1] * (x.ndim - 1)), batch.null[name], x) for name, x in batch.cond.items()}
+
+
 class Head(nn.Module):
     """Discriminator on a network's tokens [B, L, C] -> logits [B, L], one for each token."""
 
@@ -50,3 +71,16 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layers(tokens)[..., 0]
+
+
+def logits(head: Head, reads: str, roles: Roles, x0: Tensor, cond: dict[str, Tensor], draw: Draw) -> Tensor:
+    """The discriminator on clean samples x0 [B, ...], noised to random times: [B, L], from the features of role `reads`."""
+    t = roles.schedule.warp(draw.uniform(*INSIDE))
+    return head(roles[reads].features(roles.noise(x0, t, draw.normal(x0)), t, cond)[1])
+
+
+def discriminate(head: Head, reads: str, roles: Roles, x0: Tensor, batch: Batch, draw: Draw, weight: float) -> Loss:
+    """The critic's loss of telling pictures from the student's samples x0 [B, ...] (detached). DMD2, Sec. 4.3."""
+    real, fake = (logits(head, reads, roles, x, batch.cond, draw) for x in (batch.x0, x0))
+    loss = gan_critic(real, fake)
+    return "critic", weight * loss, {"gan": loss, "real": real.mean(), "fake": fake.mean()}

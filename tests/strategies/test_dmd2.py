@@ -2,44 +2,14 @@
 
 import pytest
 import torch
+from matching import EVERY, A, B, C, Ideal, M, T, U, expected, first, levels, moved, normalizer, softened, world
 from torch import nn
 from torch.autograd import grad as gradient
-from worlds import F64, FLOW, PROCESSES, SIGNS, VP, Affine, Gaussian, Mixture, Script, pairs, play, spread
+from worlds import F64, FLOW, SIGNS, VP, Affine, Gaussian, Mixture, Script, pairs, play, spread
 
 from stepdistill.batch import Batch, Draw
 from stepdistill.strategies import dmd2
 from stepdistill.strategies.dmd2 import DMD2
-
-M, C = 0.7, 0.5  # the data's mean and spread
-B, A = -0.2, 0.9  # the student G(z) = B + A z
-U = torch.tensor([0.0, 0.2, 0.45, 0.7, 1.0], dtype=F64)  # where in its range each sample's time lies
-T = len(U)
-EVERY = pytest.mark.parametrize(("schedule", "kind"), PROCESSES)
-
-
-def world(schedule, kind, teacher, size=4, fake=None, b=B, a=A):
-    """An affine student and, unless another is given, its exact fake score."""
-    return play(schedule, kind, teacher, student=Affine(b, a, size), fake=fake or Gaussian(b, abs(a)))
-
-
-def first(strategy, roles, z, eps, u=U, **batch):
-    """The student's loss and logs, each sample (one for each time) holding all nodes z, eps."""
-    batch = {"cond": {}, "null": None, **batch}
-    draw = Script(uniform=u, normal=eps)
-    who, loss, logs = next(strategy.losses(roles, Batch(noise=z.expand(len(u), -1), **batch), draw))
-    assert who == "student"
-    return loss, logs
-
-
-def levels(schedule, low=0.02, high=0.98):
-    """alpha and sigma [T, 1] of the drawn times."""
-    return [c[:, None] for c in schedule.alpha_sigma(schedule.warp(low + (high - low) * U))]
-
-
-def normalizer(roles, teacher, a, s, z, eps):
-    """mean |x0 - D_real| [T, 1], written out."""
-    x0 = roles.student.net.b.detach() + roles.student.net.a.detach() * z
-    return (x0 - teacher(a * x0 + s * eps, a, s, {})[0]).abs().mean(1, keepdim=True)
 
 
 @EVERY
@@ -48,7 +18,7 @@ def test_gradient_is_the_closed_form(schedule, kind):
     z, eps = SIGNS
     roles = world(schedule, kind, teacher := Gaussian(M, C))
     loss, _ = first(DMD2(steps=1, guidance=1.0), roles, z, eps)
-    got = [g.sum().item() for g in gradient(loss, roles.student.parameters())]
+    got = moved(loss, roles)
     a, s = levels(schedule)
     weight = s**2 / normalizer(roles, teacher, a, s, z, eps)
     v_p, v_q = spread(a, s, C) ** 2, spread(a, s, A) ** 2
@@ -75,30 +45,12 @@ def test_only_the_teacher_is_guided(schedule, kind):
     roles = world(schedule, kind, Gaussian(None, C), fake=fake)
     loss, _ = first(DMD2(steps=1, guidance=4.0), roles, *SIGNS, cond=cond, null=null)
     assert seen == [(T, cond)]
-    got = [g.sum().item() for g in gradient(loss, roles.student.parameters())]
+    got = moved(loss, roles)
     a, s = levels(schedule)
     weight = s**2 / normalizer(roles, Gaussian(mean, C), a, s, *SIGNS)
     v_p, v_q = spread(a, s, C) ** 2, spread(a, s, A) ** 2
     assert got[0] == pytest.approx((weight * (B - mean) / v_p).mean().item(), rel=1e-9)
     assert got[1] == pytest.approx((weight * A * (1 / v_p - 1 / v_q)).mean().item(), rel=1e-9)
-
-
-def divergence(f, b, a, alpha, sigma):
-    """The integral of q f(p / q) over x_t for the mixture p and the student's q, differentiable in b and a."""
-    x = torch.linspace(-12, 12, 24001, dtype=F64)
-    log_q = Gaussian(b, a).log_density(x, alpha, sigma)
-    log_r = Mixture().log_density(x, alpha, sigma) - log_q
-    return (log_q.exp() * f(log_r)).sum() * (x[1] - x[0])
-
-
-def softened(log_r):
-    """f of the softened reverse KL, (r + 1) log(1/2 + 1 / (2 r))."""
-    return (log_r.exp() + 1) * (torch.nn.functional.softplus(-log_r) - torch.tensor(2.0, dtype=F64).log())
-
-
-def expected(f, alpha, sigma):
-    b, a = (torch.tensor(x, dtype=F64, requires_grad=True) for x in (B, A))
-    return [g.item() for g in gradient(divergence(f, b, a, alpha, sigma), (b, a))]
 
 
 @pytest.mark.parametrize(("schedule", "kind"), [(VP, "eps"), (FLOW, "flow")])
@@ -113,14 +65,6 @@ def test_mixture_gradient_is_that_of_the_divergence(schedule, kind, at):
     scale = normalizer(roles, teacher, alpha, sigma, z, eps) * alpha**2 / sigma**2 * len(z)
     got = [(w * scale * g).sum().item() for g in gradient(loss, roles.student.parameters())]
     assert got == pytest.approx(expected(lambda log_r: -log_r, alpha, sigma), rel=1e-6)
-
-
-class Ideal(nn.Module):
-    """The optimal discriminator: log p_t / q_t of the features [x_t, alpha, sigma]; q is the student as it is."""
-
-    def forward(self, tokens):
-        x_t, a, s = tokens.unbind(-1)
-        return Mixture().log_density(x_t, a, s) - Gaussian(B, A).log_density(x_t, a, s)
 
 
 @pytest.mark.parametrize(("schedule", "kind"), [(VP, "eps"), (FLOW, "flow")])
@@ -161,10 +105,10 @@ def test_two_time_scales(gan, alternate):
     for step in range(7):
         if gan:
             strategy.head.double()
-        moved = []
+        turns = []
         for who, loss, logs in strategy.losses(roles, batch, Draw(0, step, range(6))):
             assert torch.is_grad_enabled() and loss.isfinite() and all(v.isfinite() for v in logs.values())
-            moved.append(who)
+            turns.append(who)
             critics = roles.fake.parameters() + (list(strategy.head.parameters()) if gan else [])
             got = gradient(loss, roles.student.parameters() + critics, allow_unused=True)
             if who == "student":
@@ -173,7 +117,7 @@ def test_two_time_scales(gan, alternate):
                 assert got[:2] == (None, None) and any(g is not None for g in got[2:])
         turn = step % 3 == 0
         assert recorded.pop() == turn and not recorded  # no graph of the student is kept for the critic alone
-        assert moved == (["student"] if turn else []) + ([] if turn and alternate else critic)
+        assert turns == (["student"] if turn else []) + ([] if turn and alternate else critic)
 
 
 def test_critic_learns_from_the_samples_that_the_student_was_judged_on(monkeypatch):
@@ -216,7 +160,7 @@ def test_backward_simulation_follows_the_variance_recursion(schedule, kind, exit
     roles, strategy = play(schedule, kind, Gaussian(M, C), student=student), DMD2(renoise=True)
     draw = Script(normal=[axes[i : i + 1] for i in range(1, 6)], choice=exit_hop)
     how = strategy.inference(schedule)
-    x0 = dmd2.generate(roles, how, Batch(noise=axes[:1], cond={}), draw, grad=True)
+    x0, time = dmd2.generate(roles, how, Batch(noise=axes[:1], cond={}), draw, grad=True)
 
     variance = 1.0  # pure noise, also where alpha at the last time is not 0
     for i, hop in enumerate(how.hops[: exit_hop + 1]):
@@ -228,7 +172,11 @@ def test_backward_simulation_follows_the_variance_recursion(schedule, kind, exit
             _, a, s = gain(schedule, how.hops[i + 1].time)
             variance = a**2 * clean + s**2
             assert abs(variance / spread(a, s, C) ** 2 - 1) > 1e-3  # not what noised data would be
-    assert len(seen) == exit_hop + 1 and x0.square().sum().item() == pytest.approx(clean, rel=1e-9)
+    assert (
+        len(seen) == exit_hop + 1
+        and time == how.hops[exit_hop].time
+        and x0.square().sum().item() == pytest.approx(clean, rel=1e-9)
+    )
     assert draw.served["normal"] == exit_hop
 
 
@@ -238,7 +186,7 @@ def test_deterministic_simulation_is_a_product_of_cosines(schedule, kind):
     roles, strategy = play(schedule, kind, Gaussian(M, C), student=Gaussian(M, C)), DMD2(renoise=False)
     how = strategy.inference(schedule)
     z = torch.tensor([[-1.0, 0.0, 2.0]], dtype=F64)
-    got = dmd2.generate(roles, how, Batch(noise=z, cond={}), Script(choice=3), grad=False)
+    got, _ = dmd2.generate(roles, how, Batch(noise=z, cond={}), Script(choice=3), grad=False)
     points = [schedule.alpha_sigma(torch.tensor([hop.time], dtype=F64)) for hop in how.hops]
     angles = torch.stack([torch.atan2(s, a * C) for a, s in points])
     (a_0, s_0), (a_3, s_3) = points[0], points[-1]
@@ -276,6 +224,60 @@ def test_fake_learns_at_every_time_of_the_open_interval():
     assert seen[0].min() > 0 and seen[0].max() < 1 and torch.histc(seen[0], 10, 0, 1).min() > 140
 
 
+def guided_world(b, a=A, fake=None):
+    """A teacher of N(1, C^2) with the prompt and N(-0.5, C^2) without; and the two as arguments of `first`."""
+    cond, null = ({"mean": torch.full((T, 1), m, dtype=F64)} for m in (1.0, -0.5))
+    return world(FLOW, "flow", Gaussian(None, C), b=b, a=a, fake=fake), {"cond": cond, "null": null}
+
+
+def test_decoupled_with_coupled_times_is_dmd2():
+    losses = []
+    for own in ({}, {"decoupled": True, "augment_range": (0.02, 0.98)}):
+        roles, prompts = guided_world(B)
+        loss, _ = first(DMD2(steps=1, guidance=4.0, **own), roles, *SIGNS, **prompts)
+        losses.append([loss.item(), *moved(loss, roles)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+@pytest.mark.parametrize("at", [0.3, 0.8])
+def test_decoupled_gradient_and_fixed_point(at):
+    """The pull to the data at one time, the push of guidance at another: it is where they balance that the student rests,
+    m_c + (w - 1)(m_c - m_u) omega(augmentation) / omega(matching), omega = sigma^2 / V, with the data's own spread."""
+    w, strategy = 4.0, DMD2(steps=1, guidance=4.0, decoupled=True, t_range=(0.0, 1.0))
+    matching, augmenting = torch.full((T,), 0.6, dtype=F64), torch.full((T,), at, dtype=F64)
+
+    def omega(u):
+        a, s = (c[0].item() for c in FLOW.alpha_sigma(u))
+        return s**2 / spread(a, s, C) ** 2
+
+    rest = 1.0 + (w - 1) * 1.5 * omega(augmenting) / omega(matching)
+    roles, prompts = guided_world(rest, C)
+    loss, _ = first(strategy, roles, *SIGNS, u=[matching, augmenting], **prompts)
+    assert all(abs(x) < 1e-9 for x in moved(loss, roles))
+    z, eps = SIGNS
+    roles, prompts = guided_world(B)
+    loss, _ = first(strategy, roles, z, eps, u=[matching, augmenting], **prompts)
+    a, s = (c[:, None] for c in FLOW.alpha_sigma(matching))
+    push = (w - 1) * 1.5 * omega(augmenting)
+    x0 = B + A * z
+    scale = 1 / (x0 - Gaussian(1.0, C)(a * x0 + s * eps, a, s, {})[0] - push).abs().mean(1, keepdim=True)
+    want = (scale * (omega(matching) * (B - 1.0) - push)).mean().item()
+    assert moved(loss, roles)[0] == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("exit_hop", [0, 1])
+def test_decoupled_guidance_is_less_noisy_than_the_student(exit_hop):
+    """Its times are those of the matching's law, scaled to lie below the student's own; or of a law that is given."""
+    for own, high in ((None, (1.0, 0.5)[exit_hop]), ((0.1, 0.3), None)):
+        strategy, (roles, prompts), seen = DMD2(steps=2, decoupled=True, augment_range=own), guided_world(B), []
+        roles.teacher.net.register_forward_hook(lambda _n, args, _o, s=seen: s.append(FLOW.time(torch.atan2(args[2], args[1]))))
+        draw = Script(uniform=[U, U], normal=torch.zeros(4, dtype=F64), choice=exit_hop)
+        next(strategy.losses(roles, Batch(noise=torch.zeros(T, 4, dtype=F64), **prompts), draw))
+        assert torch.allclose(seen[0].flatten(), 0.02 + 0.96 * U)
+        times = 0.1 + 0.2 * U if own else high * (0.02 + 0.96 * U)
+        assert torch.allclose(seen[1].flatten(), times.repeat(2))  # with prompts, and without
+
+
 def test_inference():
     times = [round(hop.time * 999) for hop in DMD2().inference(VP).hops]
     assert times == [999, 749, 499, 249] and DMD2().inference(VP).renoise and not DMD2().inference(FLOW).renoise
@@ -289,3 +291,6 @@ def test_inference():
 def test_fields_are_checked_together():
     assert not list(DMD2().check()) and not list(DMD2(steps=2, times=(1.0, 0.5)).check())
     assert len(list(DMD2(times=(0.5, 1.0), t_range=(0.9, 0.1), alternate=True, student_every=1).check())) == 4
+    assert len(list(DMD2(augment_range=(0.5, 0.2)).check())) == 2
+    assert len(list(DMD2(decoupled=True, guidance=1.0).check())) == 1
+    assert not list(DMD2(decoupled=True, augment_range=(0.1, 0.2)).check())
