@@ -161,10 +161,10 @@ def _number(value: int | float | str) -> float:
 
 
 def described(kind: Any) -> str:
-    """A type in words, as in "must be a whole number or null"."""
+    """A type in words, as in "must be null or a whole number"."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(described(choice) for choice in inner)
+        return " or ".join(described(choice) for choice in sorted(inner, key=lambda t: t is not type(None)))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, inner)) if len(inner) > 1 else str(inner[0])
     if origin is tuple and inner[-1] is not Ellipsis:

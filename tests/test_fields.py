@@ -98,7 +98,7 @@ def test_convert_refuses(value, kind):
 
 
 def test_described():
-    assert described(float | None) == "a number or null"
+    assert described(float | None) == "null or a number"
     assert described(tuple[int, ...]) == "a list, each a whole number"
     assert described(tuple[float, float]) == "a list of 2, each a number"
     assert described(Literal["a", "b"]) == "one of a, b"
