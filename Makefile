@@ -19,6 +19,7 @@ test-long: export HF_HUB_OFFLINE := 1
 test-long: export OMP_NUM_THREADS := 1
 test-long: .venv/ready
 	$(BIN)/python -m pytest -q -n 2 -m long
+	$(BIN)/python tests/mutations.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

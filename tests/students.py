@@ -32,6 +32,8 @@ CASES = {  # of exports: teacher, strategy, overrides
     "lcm-flow": ("flow", "{name: lcm}", []),
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
+    "vsd-eps": ("eps", "{name: vsd}", []),
+    "f_distill-flow": ("flow", "{name: f_distill}", []),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
     **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
 }
@@ -50,7 +52,7 @@ def student(folder: Path, teacher: str = "eps", *overrides: str, strategy: str =
     prompts.write_text("\n".join(PROMPTS))
     run.mkdir(exist_ok=True)
     recipe = run / "recipe.yaml"
-    needs = "stepdistill/tiny" if "lcm" in strategy else "null"
+    needs = "stepdistill/tiny" if any(name in strategy for name in ("lcm", "f_distill")) else "null"
     recipe.write_text(
         f"name: tiny\nmodel: {{source: {model}}}\nlora: {{rank: 4}}\nstrategy: {strategy}\n"
         f"data: {{prompts: {prompts}, images: {needs}}}\ntrain: {{steps: 1}}\n"

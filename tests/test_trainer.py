@@ -14,7 +14,13 @@ from stepdistill.strategies import LCM
 from stepdistill.trainer import Trainer
 
 QUICK = ("data.count=12", "train.batch=4", "train.steps=4", "optim.student_lr=1e-2", "optim.critic_lr=1e-2")
-STRATEGIES = {"lcm": "{name: lcm, guidance: [1, 3], ema: 0.9}", "dmd2": "{name: dmd2, student_every: 2, guidance: 2}"}
+STRATEGIES = {
+    "lcm": "{name: lcm, guidance: [1, 3], ema: 0.9}",
+    "dmd2": "{name: dmd2, student_every: 2, guidance: 2}",
+    "decoupled": "{name: dmd2, student_every: 2, guidance: 2, decoupled: true}",
+    "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
+    "vsd": "{name: vsd}",
+}
 
 
 def trainer(folder, *overrides, strategy="lcm", teacher="eps") -> Trainer:

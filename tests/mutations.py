@@ -1,0 +1,197 @@
+"""Breaks the mathematics in the ways that matter, one at a time, and requires the tests against closed forms to notice.
+
+python tests/mutations.py          # all; exit status 1 if a mutation survives, or fits the source no longer
+python tests/mutations.py 3 17     # these
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import diffusers  # noqa: F401 - here, and the names below, so that each fork finds them loaded
+import peft  # noqa: F401
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa: F401
+
+REPO = Path(__file__).resolve().parent.parent
+LCM, DMD2, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd2", "vsd", "f_distill"))
+SHARED = "strategies/shared.py"
+ORACLE = {  # whose tests must notice
+    "losses": "tests/test_losses.py",
+    "diffusion": "tests/test_diffusion.py",
+    "schedules": "tests/test_schedules.py",
+    "sampling": "tests/test_sampling.py",
+    "batch": "tests/test_batch.py",
+    "roles": "tests/test_roles.py",
+    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd2", "vsd", "f_distill")},
+}
+MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
+    ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
+    ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "dmd2"),
+    ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "vsd"),
+    ("losses.py", "(x - grad).detach()", "(x + grad).detach()", "dmd2"),
+    ("losses.py", "(x - grad).detach()", "(x + grad).detach()", "vsd"),
+    ("losses.py", "(x - grad).detach()", "(x + grad).detach()", "f_distill"),
+    ("losses.py", "(fake - real) * like", "(real - fake) * like", "dmd2"),
+    ("losses.py", ".flatten(1).mean(1).clamp", ".mean().expand(len(x0)).clamp", "losses"),
+    ("losses.py", ".flatten(1).mean(1).clamp", ".mean().expand(len(x0)).clamp", "dmd2"),
+    ("losses.py", "1 / (x0 - real).abs()", "1 / (x0 - fake).abs()", "dmd2"),
+    ("losses.py", ".clamp(min=1e-5)", "", "losses"),
+    ("losses.py", "weight * scale", "scale", "f_distill"),
+    ("losses.py", "(((a - b).square() + c**2).sqrt() - c)", "(((a - b).square() + c**2).sqrt())", "lcm"),
+    ("losses.py", "getattr(p, space), getattr(target, space)", "p.eps, target.eps", "losses"),
+    ("losses.py", "getattr(p, space), getattr(target, space)", "p.eps, target.eps", "dmd2"),
+    ("losses.py", "return F.softplus(-fake_logits).mean()", "return F.softplus(fake_logits).mean()", "dmd2"),
+    ("losses.py", "F.softplus(-real_logits).mean() +", "F.softplus(real_logits).mean() +", "losses"),
+    (LCM, "with torch.no_grad():", "with torch.enable_grad():", "lcm"),
+    (LCM, "(n - self.skip).clamp(min=0)", "(n - self.skip)", "lcm"),
+    (LCM, "n - self.skip", "n - 1", "lcm"),
+    (LCM, "torch.where(like(s, x_s) == 0, x_s, target)", "target", "lcm"),
+    (LCM, "roles.teacher.guided(x_t, t, batch.cond, batch.null, w)", "roles.teacher(x_t, t, batch.cond)", "lcm"),
+    (LCM, "batch.cond, batch.null, w)", "batch.cond, batch.null, w + 1)", "lcm"),
+    (LCM, 'roles["student" if self.ema is None else "target"]', 'roles["student"]', "lcm"),
+    (LCM, "follow(roles.student, self.ema)", "follow(roles.student, 1 - self.ema)", "lcm"),
+    (LCM, 'self.ema is not None and "student" in moved', "self.ema is not None", "lcm"),
+    (LCM, "draw.integer(1, self.grid + 1)", "draw.integer(0, self.grid + 1)", "lcm"),
+    (LCM, 'batch.cond | {"guidance": w} if', "batch.cond if", "lcm"),
+    (LCM, 'if "target" in roles:', "if False:", "lcm"),
+    (LCM, "(x_s, s, cond).x0", "(x_s, t, cond).x0", "lcm"),
+    (
+        DMD2,
+        "fake = roles.fake(x_t, t, batch.cond).x0",
+        "fake = roles.fake.guided(x_t, t, batch.cond, batch.null, self.guidance).x0",
+        "dmd2",
+    ),
+    (DMD2, "distribution_matching(x0, real, fake)", "distribution_matching(x0, fake, real)", "dmd2"),
+    (DMD2, "batch.null, self.guidance).x0", "batch.null, self.guidance + 1).x0", "dmd2"),
+    (DMD2, "roles.teacher.guided(x_t", "roles.fake.guided(x_t", "dmd2"),
+    (DMD2, "x0 = x0.detach()", "pass", "dmd2"),
+    (
+        DMD2,
+        "x0 = x0.detach()",
+        "x0, _ = generate(roles, self.inference(roles.schedule), batch, draw, grad=False)",
+        "dmd2",
+    ),
+    (DMD2, "if turn and self.alternate:", "if False:", "dmd2"),
+    (DMD2, "grad=turn", "grad=True", "dmd2"),
+    (DMD2, "t = roles.schedule.warp(draw.uniform(*self.t_range))", "t = roles.schedule.warp(draw.uniform())", "dmd2"),
+    (DMD2, "t = roles.schedule.warp(draw.uniform(*self.t_range))", "t = draw.uniform(*self.t_range)", "dmd2"),
+    (DMD2, 'matching + self.gan * logs["gan"]', 'matching + logs["gan"]', "dmd2"),
+    (DMD2, "draw.step % self.student_every == 0", "draw.step % self.student_every == 1", "dmd2"),
+    (DMD2, "if self.gan else frozenset()", "if True else frozenset()", "dmd2"),
+    (DMD2, "(self.guidance - 1) * (cond", "self.guidance * (cond", "dmd2"),
+    (DMD2, "(cond.x0 - null.x0)", "(null.x0 - cond.x0)", "dmd2"),
+    (DMD2, "else s * time", "else s", "dmd2"),
+    (DMD2, "roles.teacher(x_t, t, batch.cond).x0 + self", "fake + self", "dmd2"),
+    (VSD, "real.sigma**2", "real.sigma", "vsd"),
+    (VSD, "(real.eps - fake.eps)", "(fake.eps - real.eps)", "vsd"),
+    (VSD, "fake = roles.fake.guided(x_t, t, batch.cond, batch.null, w)", "fake = roles.fake(x_t, t, batch.cond)", "vsd"),
+    (VSD, "real = roles.teacher.guided(x_t, t, batch.cond, batch.null, w)", "real = roles.teacher(x_t, t, batch.cond)", "vsd"),
+    (VSD, "(p.alpha * (p.eps - eps))", "(p.eps - eps)", "vsd"),
+    (VSD, "(p.alpha * (p.eps - eps))", "(p.sigma * (p.eps - eps))", "vsd"),
+    (VSD, ".square().mean()", ".square().sum()", "vsd"),
+    (VSD, "x0 = x0.detach()", "pass", "vsd"),
+    (VSD, "draw.uniform() < self.prompt_dropout", "draw.uniform() > self.prompt_dropout", "vsd"),
+    (VSD, "grad=True", "grad=False", "vsd"),
+    (F, "lambda r: 1 / (r + 1)", "lambda r: r / (r + 1)", "f_distill"),
+    (F, "lambda r: r.sqrt() / 4", "lambda r: r.sqrt()", "f_distill"),
+    (F, "lambda r: r + 1,", "lambda r: r - 1,", "f_distill"),
+    (F, "lambda r: 2 / r", "lambda r: 1 / r", "f_distill"),
+    (F, '"forward_kl": lambda r: r,', '"forward_kl": lambda r: 1 / r,', "f_distill"),
+    (F, "logits.mean(1)", "-logits.mean(1)", "f_distill"),
+    (F, "logits.mean(1)", "logits.sum(1)", "f_distill"),
+    (F, ".clamp(*map(math.log, self.ratio_range))", "", "f_distill"),
+    (F, "return h / distributed.mean(h.mean())", "return h", "f_distill"),
+    (F, "fake.x0, h), gan", "fake.x0), gan", "f_distill"),
+    (F, "(u - low) / (high - low)", "u", "f_distill"),
+    (F, "decay * self.value + (1 - decay)", "(1 - decay) * self.value + decay", "f_distill"),
+    (F, "torch.where(count > 0, new, self.value)", "new", "f_distill"),
+    (F, "matching + self.gan * gan", "matching + gan", "f_distill"),
+    (F, "x0 = x0.detach()", "pass", "f_distill"),
+    (SHARED, "torch.set_grad_enabled(grad)", "torch.set_grad_enabled(True)", "dmd2"),
+    (SHARED, "space or roles.fake.kind", '"eps"', "dmd2"),
+    (SHARED, "roles.fake(roles.noise(x0, t, eps), t, cond)", "roles.teacher(roles.noise(x0, t, eps), t, cond)", "dmd2"),
+    (SHARED, "draw.choice(len(how.hops))", "0", "dmd2"),
+    (SHARED, "how.hops[exit_hop].time", "how.hops[0].time", "dmd2"),
+    (SHARED, "for x in (batch.x0, x0))", "for x in (x0, batch.x0))", "dmd2"),
+    (SHARED, "weight * loss", "loss", "dmd2"),
+    (SHARED, "roles[reads].features", 'roles["student"].features', "dmd2"),
+    (SHARED, "torch.where(which.reshape(-1, *[1] * (x.ndim - 1)), batch.null[name], x)", "x", "vsd"),
+    (SHARED, "INSIDE = (0.002, 0.998)", "INSIDE = (0.0, 1.0)", "roles"),
+    ("sampling.py", "roles.noise(p.x0, t, normal(x_t)) if how.renoise else", "", "sampling"),
+    ("sampling.py", "if how.renoise else roles.move(p, t)", "", "sampling"),
+    ("sampling.py", "x_t.new_full([len(x_t)], there.time)", "x_t.new_full([len(x_t)], here.time)", "dmd2"),
+    ("sampling.py", "x_t.new_full([len(x_t)], how.hops[k].time)", "x_t.new_full([len(x_t)], how.hops[0].time)", "sampling"),
+    ("sampling.py", "times[:0:-1]", "times[::-1]", "sampling"),
+    ("sampling.py", "how.told is None else full * how.told", "True else full", "sampling"),
+    ("sampling.py", 'cond = cond | {"guidance": full * how.guidance}', "pass", "sampling"),
+    ("schedules.py", "(round(size * k / n) - 1) / (size - 1)", "(round(size * k / n) - 1) / size", "schedules"),
+    ("schedules.py", "(round(size * k / n) - 1)", "round((size - 1) * k / n)", "schedules"),
+    ("schedules.py", "self.shift * u / (1 + (self.shift - 1) * u)", "u / (self.shift + (1 - self.shift) * u)", "schedules"),
+    ("schedules.py", "theta.sin() / (theta.sin() + theta.cos())", "theta.sin()", "schedules"),
+    ("diffusion.py", "(a * x_t - s * raw) / norm", "(a * x_t + s * raw) / norm", "diffusion"),
+    ("diffusion.py", "(x_t - s * raw) / (a + s), (x_t + a * raw) / (a + s)", "x_t - s * raw, x_t + a * raw", "diffusion"),
+    ("diffusion.py", "cond.eps - null.eps", "null.eps - cond.eps", "diffusion"),
+    ("diffusion.py", "ratio**2 * s_s**2", "ratio * s_s**2", "diffusion"),
+    ("diffusion.py", "-self.eps / self.sigma", "self.eps / self.sigma", "diffusion"),
+    ("batch.py", "seed_of(seed, step, int(i))", "seed_of(seed, step, 0)", "batch"),
+    ("batch.py", "random.Random(seed_of(seed, step))", "random.Random(seed_of(seed, step, *index))", "batch"),
+    ("batch.py", "random.Random(seed_of(seed, step))", "random.Random(seed_of(seed))", "batch"),
+    ("roles.py", "(nullcontext(), wearing(block, adapter))", "(nullcontext(), nullcontext())", "roles"),
+    ("roles.py", "p.data = p.data.float()", "pass", "roles"),
+    ("roles.py", "other.parameters(), 1 - decay", "other.parameters(), decay", "roles"),
+    ("roles.py", "torch.promote_types(raw.dtype, torch.float32)", "raw.dtype", "roles"),
+    ("roles.py", "torch.cat([cond[name], null[name]])", "torch.cat([null[name], cond[name]])", "lcm"),
+]
+
+
+def survives(file: str, old: str, new: str, oracle: str, root: Path) -> str:
+    """Why the tests did not notice, or nothing. They run in a fork, on a copy of the package below root."""
+    source = (REPO / "stepdistill" / file).read_text()
+    if old not in source:
+        return f"{file} no longer says {old!r}: bring the mutation up to date"
+    skip = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.npz", "*.png")
+    shutil.copytree(REPO / "stepdistill", root / "stepdistill", ignore=skip)
+    (root / "stepdistill" / file).write_text(source.replace(old, new))
+    if (child := os.fork()) == 0:
+        os.chdir(root)
+        sys.path[:0] = [str(root), str(REPO / "tests")]
+        out = os.open(root / "log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        status = 9
+        try:
+            status = int(pytest.main(["-q", "-x", "--tb=no", "-p", "no:cacheprovider", str(REPO / ORACLE[oracle])]))
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 1:  # tests failed, as they must
+        return ""
+    last = (root / "log").read_text().strip().splitlines()[-1:]
+    return f"{ORACLE[oracle]} {'passes' if status == 0 else f'could not run ({status})'} with {new!r} for {old!r}: {last}"
+
+
+def main(chosen: list[int]) -> int:
+    torch.set_num_threads(1)
+    began, alive = time.monotonic(), 0
+    for k in chosen or range(len(MUTATIONS)):
+        with tempfile.TemporaryDirectory() as root:
+            why = survives(*MUTATIONS[k], Path(root))
+        alive += bool(why)
+        if why:
+            print(f"{k}: {MUTATIONS[k][0]}: {why}", flush=True)
+        elif (k + 1) % 20 == 0:
+            print(f"{k + 1}/{len(MUTATIONS)} mutations, {alive} not noticed, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{len(chosen or MUTATIONS)} mutations, {alive} not noticed, {time.monotonic() - began:.0f} s")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(k) for k in sys.argv[1:]]))
