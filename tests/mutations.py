@@ -6,6 +6,7 @@ python tests/mutations.py 3 17     # these
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -13,8 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import diffusers  # noqa: F401 - here, and the names below, so that each fork finds them loaded
-import peft  # noqa: F401
+import peft  # noqa: F401 - peft and diffusers so that each fork finds them loaded
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa: F401
@@ -157,17 +157,19 @@ def survives(file: str, old: str, new: str, oracle: str, root: Path) -> str:
     if old not in source:
         return f"{file} no longer says {old!r}: bring the mutation up to date"
     skip = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.npz", "*.png")
-    shutil.copytree(REPO / "stepdistill", root / "stepdistill", ignore=skip)
+    for part in ("stepdistill", "tests"):
+        shutil.copytree(REPO / part, root / part, ignore=skip)
     (root / "stepdistill" / file).write_text(source.replace(old, new))
     if (child := os.fork()) == 0:
         os.chdir(root)
-        sys.path[:0] = [str(root), str(REPO / "tests")]
+        sys.path.insert(0, str(root))
         out = os.open(root / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(out, 1)
         os.dup2(out, 2)
         status = 9
         try:
-            status = int(pytest.main(["-q", "-x", "--tb=no", "-p", "no:cacheprovider", str(REPO / ORACLE[oracle])]))
+            assert importlib.import_module("stepdistill").__file__.startswith(str(root))
+            status = int(pytest.main(["-q", "-x", "--tb=no", "-p", "no:cacheprovider", ORACLE[oracle]]))
         finally:
             sys.stdout.flush()
             os._exit(status)

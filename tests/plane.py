@@ -164,13 +164,9 @@ def euler(steps: int) -> Inference:
     return Inference(trailing(FLOW.grid(steps), "teacher"), renoise=False)
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of points [n, 2], pairs of a point with itself left out."""
-
-    def within(z: Tensor) -> Tensor:
-        return torch.cdist(z, z).sum() / (len(z) * (len(z) - 1))
-
-    return (2 * torch.cdist(x, y).mean() - within(x) - within(y)).item()
+def apart(x: Tensor, y: Tensor | None = None) -> float:
+    """The mean distance E|X - Y| of points [n, 2]; of one set's different points if y is None."""
+    return torch.cdist(x, x if y is None else y).sum().item() / (len(x) * (len(x) - 1) if y is None else len(x) * len(y))
 
 
 def shares(x: Tensor) -> Tensor:

@@ -101,15 +101,15 @@ def test_ratio_is_clamped_and_told_by_the_mean_logit():
 
 def test_ratio_is_divided_by_its_average_at_like_times():
     """Two bins of t_range: each sample's ratio over its bin's mean, which decays with every batch; an empty bin stays."""
-    strategy = FDistill(divergence="forward_kl", bins=2, bins_decay=0.5, t_range=(0.2, 0.8))
+    strategy = FDistill(divergence="forward_kl", bins=2, bins_decay=0.25, t_range=(0.4, 0.8))
     strategy.averages = Averages(2)
     log_r = torch.tensor([1.0, 3.0, 8.0, 12.0]).log()[:, None]
-    h = strategy.weights(log_r, torch.tensor([0.2, 0.49, 0.51, 0.79]))
-    first_bin, second = (1 + 2) / 2, (1 + 10) / 2  # averages begin at 1
+    h = strategy.weights(log_r, torch.tensor([0.4, 0.59, 0.61, 0.79]))
+    first_bin, second = (1 + 3 * 2) / 4, (1 + 3 * 10) / 4  # averages begin at 1
     want = torch.tensor([1 / first_bin, 3 / first_bin, 8 / second, 12 / second])
     assert torch.allclose(h, want / want.mean())
-    strategy.weights(log_r[:2], torch.tensor([0.2, 0.3]))
-    assert strategy.averages.value.tolist() == pytest.approx([(1.5 + 2) / 2, 5.5])
+    strategy.weights(log_r[:2], torch.tensor([0.4, 0.5]))
+    assert strategy.averages.value.tolist() == pytest.approx([(first_bin + 3 * 2) / 4, second])
     assert "value" in strategy.averages.state_dict()  # a resumed run remembers
 
 
