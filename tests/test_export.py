@@ -33,7 +33,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     pipe = diffusers.DiffusionPipeline.from_pretrained(job["model"], dtype=torch.float32)
     if job["lora"]: pipe.load_lora_weights(".")
     pipe.scheduler = getattr(diffusers, job["scheduler"]).from_pretrained("scheduler")
-    run = lambda **how: pipe(job["prompts"], num_inference_steps=4, guidance_scale=job["guidance_scale"], **how).images
+    run = lambda **how: pipe(job["prompts"], **job["call"], **how).images
 
     pipe.set_progress_bar_config(disable=True)
     generator = torch.manual_seed(1)
@@ -54,7 +54,7 @@ def plain(made, tmp_path_factory):
             "lora": bool(told.lora),
             "scheduler": told.sampler.scheduler,
             "prompts": PROMPTS,
-            "guidance_scale": told.call["guidance_scale"],
+            "call": {name: told.call[name] for name in ("num_inference_steps", "guidance_scale")},
         }
         (place / case / "job.json").write_text(json.dumps(job))
         torch.save(noise(made[case][0]), place / case / "noise.pt")
