@@ -33,7 +33,6 @@ CASES = {  # of exports: teacher, strategy, overrides
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
     "vsd-eps": ("eps", "{name: vsd}", []),
-    "f_distill-flow": ("flow", "{name: f_distill}", []),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
     **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
 }

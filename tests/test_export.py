@@ -54,7 +54,7 @@ def plain(made, tmp_path_factory):
             "lora": bool(told.lora),
             "scheduler": told.sampler.scheduler,
             "prompts": PROMPTS,
-            "call": {name: told.call[name] for name in ("num_inference_steps", "guidance_scale")},
+            "call": {"num_inference_steps": told.steps, "guidance_scale": told.call["guidance_scale"]},
         }
         (place / case / "job.json").write_text(json.dumps(job))
         torch.save(noise(made[case][0]), place / case / "noise.pt")

@@ -17,7 +17,6 @@ QUICK = ("data.count=12", "train.batch=4", "train.steps=4", "optim.student_lr=1e
 STRATEGIES = {
     "lcm": "{name: lcm, guidance: [1, 3], ema: 0.9}",
     "dmd2": "{name: dmd2, student_every: 2, guidance: 2}",
-    "decoupled": "{name: dmd2, student_every: 2, guidance: 2, decoupled: true}",
     "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
     "vsd": "{name: vsd}",
 }

@@ -9,6 +9,7 @@ from plane import FLOW, MODES, Plane, apart, distil, euler, samples, shares, tea
 from stepdistill.roles import Denoiser, Roles
 from stepdistill.strategies import DMD2, LCM, VSD, FDistill
 
+pytestmark = pytest.mark.long
 N = 8192
 CASES = {  # strategy, iterations of 128 samples, learning rate
     "dmd2, 1 step": (DMD2(steps=1, guidance=1.0, student_every=2), 400, 2e-3),
