@@ -32,7 +32,6 @@ CASES = {  # of exports: teacher, strategy, overrides
     "lcm-flow": ("flow", "{name: lcm}", []),
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
-    "vsd-eps": ("eps", "{name: vsd}", []),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
     **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
 }

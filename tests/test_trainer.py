@@ -20,6 +20,7 @@ STRATEGIES = {
     "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
     "vsd": "{name: vsd}",
 }
+EVERY = ["lcm", "dmd2", *(pytest.param(name, marks=pytest.mark.long) for name in ("f_distill", "vsd"))]
 
 
 def trainer(folder, *overrides, strategy="lcm", teacher="eps") -> Trainer:
@@ -35,7 +36,7 @@ def base_weights(made: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in made.roles.teacher.net.named_parameters() if "lora_" not in name}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERY)
 @pytest.mark.parametrize("lora", ["{rank: 4}", "null"])
 def test_the_teacher_stays_bit_identical_while_its_roles_move(tmp_path, strategy, lora):
     made = trainer(tmp_path, f"lora={lora}", strategy=strategy)
@@ -50,7 +51,7 @@ def test_the_teacher_stays_bit_identical_while_its_roles_move(tmp_path, strategy
 
 
 @pytest.mark.parametrize("teacher", ["v", "flow"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERY)
 def test_checkpointing_changes_no_log_and_no_weight(tmp_path, strategy, teacher):
     plain, replayed = (
         trainer(tmp_path, f"train.checkpointing={on}", strategy=strategy, teacher=teacher) for on in ("false", "true")
@@ -60,7 +61,7 @@ def test_checkpointing_changes_no_log_and_no_weight(tmp_path, strategy, teacher)
     assert all(torch.equal(x, weights(replayed)[name]) for name, x in weights(plain).items())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERY)
 @pytest.mark.parametrize("lora", ["{rank: 4}", "null"])
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, strategy, lora):
     overrides = (f"lora={lora}", "train.ema=0.9", "optim.schedule=cosine", "optim.warmup=2")
