@@ -114,20 +114,20 @@ class Denoiser:
         plain = null is None and bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
         if plain:
             return self(x_t, t, cond)
-        return guide(*self.pair(x_t, t, cond, null, scale), scale)
+        return guide(*self.pair(x_t, t, cond, null), scale)
 
     def pair(
-        self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], null: dict[str, Tensor] | None, scale: float | Tensor
+        self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], null: dict[str, Tensor] | None
     ) -> tuple[Prediction, Prediction]:
-        """Conditional and unconditional predictions, of which guidance at `scale` is made, in one forward.
+        """Conditional and unconditional predictions, of which guidance is made, in one forward; shapes as in a call.
 
         Raises:
             ValueError: null is None (a guidance-distilled teacher).
         """
         if null is None:
             raise ValueError(
-                f"guidance scale {scale} needs an unconditional prediction, but this teacher has none (its guidance is "
-                f"distilled); set guidance to 1"
+                "guidance other than 1 needs an unconditional prediction, but this teacher has none (its guidance is "
+                "distilled); set guidance to 1"
             )
         both = {name: torch.cat([cond[name], null[name]]) for name in null}
         return halves(self(torch.cat([x_t, x_t]), torch.cat([t, t]), both))

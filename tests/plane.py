@@ -80,6 +80,8 @@ class Plane(Family):
 class Stream:
     """A Draw of one stream for the whole batch: quick, and as good where nothing is resumed."""
 
+    size = 128  # of the batch
+
     def __init__(self, generator: torch.Generator, step: int):
         self.generator, self.step = generator, step
 
@@ -94,8 +96,6 @@ class Stream:
 
     def choice(self, n):
         return int(torch.randint(n, (), generator=self.generator))
-
-    size = 128
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Roles on real diffusers networks: the traps that were measured, each with its remedy switched off too."""
+"""Roles on real diffusers networks: the traps that were measured, by their numbers in the design, each also with its remedy
+switched off."""
 
 import copy
 

@@ -20,6 +20,7 @@ STRATEGIES = {
     "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
     "vsd": "{name: vsd}",
 }
+# the loop is one: two strategies prove it every time
 EVERY = ["lcm", "dmd2", *(pytest.param(name, marks=pytest.mark.long) for name in ("f_distill", "vsd"))]
 
 

@@ -14,7 +14,7 @@ from ..losses import distribution_matching, gan_student
 from ..roles import Roles
 from ..sampling import Inference
 from .base import Strategy
-from .shared import Head, discriminate, fit_fake, generate, logits, own_steps, renoises
+from .shared import Head, check_ranges, check_times, discriminate, fit_fake, generate, logits, own_steps, renoises
 
 
 @dataclass
@@ -22,9 +22,9 @@ class DMD2(Strategy):
     """The student's own samples are moved to where the teacher finds them likelier than a critic, the fake score, which
     keeps learning what the student makes. Data-free, unless gan adds a discriminator on real pictures.
 
-    Guidance acts on the teacher alone; the critic is never guided. Decoupled DMD (decoupled: true) adds what guidance says at
-    less noisy times than the matching's, below the student's own step: it is what makes few-step students sharp, while the
-    matching keeps their distribution in place.
+    Guidance acts on the teacher alone; the critic is never guided. Decoupled DMD (decoupled: true) takes what guidance adds
+    at times less noisy than the student's own step, and matches at all times: its authors find that guidance is what drives a
+    few-step student, and matching what keeps it in place.
     """
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
@@ -32,9 +32,7 @@ class DMD2(Strategy):
     guidance: float = ranged(8.0, low=1)  # scale of the teacher
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
     decoupled: bool = False  # guide at times of their own: Decoupled DMD, arXiv:2511.22677
-    augment_range: tuple[float, float] | None = ranged(
-        None, above=0, below=1
-    )  # those times; null: t_range times the student's own
+    augment_range: tuple[float, float] | None = ranged(None, above=0, below=1)  # those times; null: t_range x student's own
     student_every: int = ranged(5, low=1)  # critic updates for each of the student: two time-scales, Sec. 4.2
     alternate: bool = False  # no critic update when the student moves; false: both, on the same samples
     fake_loss: Literal["eps", "x0", "v", "flow"] | None = None  # space of the critic's error; null: the network's own
@@ -50,16 +48,10 @@ class DMD2(Strategy):
         return frozenset({"x0"}) if self.gan else frozenset()
 
     def check(self):
-        if self.times is not None and len(self.times) != self.steps:
-            yield f"times: {len(self.times)} of them for {self.steps} steps; give one time a step, or null"
-        if self.times is not None and sorted(set(self.times), reverse=True) != list(self.times):
-            yield f"times: {list(self.times)} do not fall; write them from noise (1) down"
-        if self.t_range[0] >= self.t_range[1]:
-            yield f"t_range: {list(self.t_range)} is no range; write the smaller time first"
+        yield from check_times(self.steps, self.times)
+        yield from check_ranges(self, "t_range", "augment_range")
         if self.augment_range and not self.decoupled:
             yield "augment_range: guidance has times of its own only with decoupled: true; set that, or augment_range to null"
-        if self.augment_range and self.augment_range[0] >= self.augment_range[1]:
-            yield f"augment_range: {list(self.augment_range)} is no range; write the smaller time first"
         if self.decoupled and self.guidance == 1:
             yield "decoupled: guidance 1 adds nothing that could be decoupled; set guidance above 1"
         if self.alternate and self.student_every < 2:
@@ -109,7 +101,7 @@ class DMD2(Strategy):
         """What guidance adds to a clean prediction, [B, ...], at times of its own. Decoupled DMD, arXiv:2511.22677."""
         s = roles.schedule.warp(draw.uniform(*(self.augment_range or self.t_range)))
         s = s if self.augment_range else s * time
-        cond, null = roles.teacher.pair(roles.noise(x0, s, draw.normal(x0)), s, batch.cond, batch.null, self.guidance)
+        cond, null = roles.teacher.pair(roles.noise(x0, s, draw.normal(x0)), s, batch.cond, batch.null)
         return (self.guidance - 1) * (cond.x0 - null.x0)
 
     def inference(self, schedule, steps=None):

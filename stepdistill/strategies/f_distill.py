@@ -17,7 +17,7 @@ from ..losses import distribution_matching, gan_student
 from ..roles import Roles
 from ..sampling import Inference
 from .base import Strategy
-from .shared import Head, discriminate, fit_fake, generate, own_steps, renoises
+from .shared import Head, check_ranges, check_times, discriminate, fit_fake, generate, own_steps, renoises
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # divergence -> h(r) = f''(r) r^2 of the ratio r = p / q, Tab. 1
     "reverse_kl": torch.ones_like,  # f = -log r: DMD2
@@ -36,9 +36,10 @@ class FDistill(Strategy):
     divergence of one's choice and not the mode-seeking reverse KL alone. A discriminator tells the ratio.
 
     The ratio is of pictures to samples, the scores are of the guided teacher: with guidance they belong to different targets.
+    Ratios are averaged over all processes, but not over the parts of an accumulated batch: keep those large.
     """
 
-    divergence: Literal[*WEIGHTS] = "js"  # which f
+    divergence: Literal[*WEIGHTS] = "js"  # the f of D_f = E_q[f(p / q)], p of pictures, q of samples
     ratio_range: tuple[float, float] = ranged((0.1, 20.0), above=0)  # the ratio is clamped to it
     bins: int | None = ranged(10, low=1)  # the ratio is divided by its average in so many bins of time; null: it is not
     bins_decay: float = ranged(0.0, low=0, below=1)  # memory of those averages; 0: of this batch alone (0.5 for ImageNet)
@@ -57,14 +58,8 @@ class FDistill(Strategy):
     needs = frozenset({"x0"})
 
     def check(self):
-        if self.times is not None and len(self.times) != self.steps:
-            yield f"times: {len(self.times)} of them for {self.steps} steps; give one time a step, or null"
-        if self.times is not None and sorted(set(self.times), reverse=True) != list(self.times):
-            yield f"times: {list(self.times)} do not fall; write them from noise (1) down"
-        for name in ("t_range", "ratio_range"):
-            low, high = getattr(self, name)
-            if low >= high:
-                yield f"{name}: {[low, high]} is no range; write the smaller number first"
+        yield from check_times(self.steps, self.times)
+        yield from check_ranges(self, "t_range", "ratio_range")
 
     def setup(self, roles):
         self.head, self.averages = Head(roles.fake.width), Averages(self.bins or 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from ..losses import denoising, gan_critic
 from ..roles import Roles
 from ..sampling import Hop, Inference, ask, rollout, trailing
 from ..schedules import RectifiedFlow, Schedule
-from .base import Loss
+from .base import Loss, Strategy
 
 INSIDE = (0.002, 0.998)  # drawn times stay off the ends, where reading one parameterization from another divides by zero
 
@@ -20,8 +22,26 @@ def renoises(choice: bool | None, schedule: Schedule) -> bool:
     return not isinstance(schedule, RectifiedFlow) if choice is None else choice
 
 
+def check_ranges(strategy: Strategy, *names: str) -> Iterator[str]:
+    """A problem for each of these fields, pairs (or None), whose second number is not above its first."""
+    for name in names:
+        pair = getattr(strategy, name)
+        if pair is not None and pair[0] >= pair[1]:
+            yield f"{name}: {list(pair)} is no range; write the smaller number first"
+
+
+def check_times(steps: int, times: tuple[float, ...] | None) -> Iterator[str]:
+    """Problems with a student's own times, as `own_steps` takes them."""
+    if times is not None and len(times) != steps:
+        yield f"times: {len(times)} of them for {steps} steps; give one time a step, or null"
+    if times is not None and sorted(set(times), reverse=True) != list(times):
+        yield f"times: {list(times)} do not fall; write them from noise (1) down"
+
+
 def own_steps(name: str, schedule: Schedule, steps: int, times: tuple[float, ...] | None, asked: int | None) -> tuple[Hop, ...]:
-    """The hops of a student that is trained at its own few times only (None: those of equal steps).
+    """The hops, from noise down, of a student that is trained at its own few times only, in `asked` steps (None: all).
+
+    name: of the strategy, for the message; times: in (0, 1], falling; None: those of `steps` equal solver steps.
 
     Raises:
         ValueError: it is asked to take a number of steps whose times it was not trained at.

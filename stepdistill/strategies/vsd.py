@@ -10,28 +10,28 @@ from ..fields import ranged
 from ..losses import surrogate
 from ..sampling import Inference, trailing
 from .base import Strategy
-from .shared import INSIDE, drop_prompts, generate, renoises
+from .shared import INSIDE, check_ranges, drop_prompts, generate, renoises
 
 
 @dataclass
 class VSD(Strategy):
     """A one-step student learns from prompts alone: its samples move by the difference between teacher and fake score, which
-    keeps learning what the student makes, from the same samples. Both are guided, unlike in DMD.
+    keeps learning what the student makes, from the same samples. Both are guided, unlike in DMD; so that it can be, the fake
+    score learns a share of the samples without their prompt.
 
     With a range of guidance scales, one is drawn for each sample: PG-SB, arXiv:2412.02687, whose range is not confirmed.
     """
 
     guidance: tuple[float, float] = ranged((4.5, 4.5), low=1)  # range of the scale of teacher and fake score
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
-    prompt_dropout: float = ranged(0.1, low=0, high=1)  # share of samples whose prompt the fake score is not told: it is guided
+    prompt_dropout: float = ranged(0.1, low=0, high=1)  # share of samples whose prompt the fake score is not told
 
     roles = ("student", "fake")
 
     def check(self):
         if self.guidance[0] > self.guidance[1]:
             yield f"guidance: {list(self.guidance)} is no range; write the smaller scale first"
-        if self.t_range[0] >= self.t_range[1]:
-            yield f"t_range: {list(self.t_range)} is no range; write the smaller time first"
+        yield from check_ranges(self, "t_range")
 
     def players(self, stage):
         return {"student": ("student",), "critic": ("fake",)}
