@@ -41,21 +41,23 @@ def header(told: Serving) -> str:
 
 
 def about(told: Serving) -> str:
-    what = f"A LoRA (rank {told.lora['rank']})" if told.lora else "A whole pipeline"
+    what, n = f"A LoRA (rank {told.lora['rank']})" if told.lora else "A whole pipeline", len(told.students)
+    if n > 1:
+        what = f"{n} LoRAs (rank {told.lora['rank']}), which take turns," if told.lora else f"{n} networks, which take turns,"
     return (
-        f"{what} that makes `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} a picture "
-        f"at {told.resolution} x {told.resolution}, distilled with the strategy `{told.strategy}` of stepdistill. "
+        f"{what} that make{'s' * (n == 1)} `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} "
+        f"a picture at {told.resolution} x {told.resolution}, distilled with the strategy `{told.strategy}` of stepdistill. "
         f"The licence is that of the base model."
     )
 
 
 def snippet(told: Serving) -> str:
     """Python that needs diffusers alone, and runs in the folder of the card."""
-    form, file = next(iter(told.files.items()))
+    form, files = next(iter(told.files.items()))
     scheduler, options = told.sampler.scheduler, {"revision": told.revision, "variant": told.variant}
     source = json.dumps(told.base) + "".join(f", {name}={json.dumps(x)}" for name, x in options.items() if x)
     if form in WHOLE:
-        source = f'f"{{here}}/{file}"'
+        source = f'f"{{here}}/{files[0]}"'
     lines = [
         "import torch",
         f"from diffusers import {', '.join(sorted([scheduler, told.pipeline]))}",
@@ -63,19 +65,50 @@ def snippet(told: Serving) -> str:
         'here = "."  # the folder of this card' + (", or its name on the Hub" if form not in WHOLE else ""),
         f"pipe = {told.pipeline}.from_pretrained({source}, dtype=torch.{told.dtype})",
     ]
-    if form not in WHOLE:
-        lines.append(f'pipe.load_lora_weights(here, weight_name="{file}")')
+    if form not in WHOLE and len(files) == 1:
+        lines.append(f'pipe.load_lora_weights(here, weight_name="{files[0]}")')
     lines += [
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")',
+        *(turns(told, form, files) if len(files) > 1 else []),
         "image = pipe(",
         f"    {json.dumps(told.prompts[0], ensure_ascii=False)},",
         *(f"    {name}={value!r}," for name, value in told.arguments.items()),
+        *["    callback_on_step_end=take_turns,"] * (len(files) > 1),
         "    generator=torch.manual_seed(0),",
         ").images[0]",
         'image.save("picture.png")',
     ]
     return "\n".join(lines)
+
+
+def turns(told: Serving, form: str, files: Sequence[str]) -> list[str]:
+    """Lines that load several students, and let each take its own steps."""
+    students, net = told.students, f"pipe.{told.network}"
+    if form in WHOLE:
+        options = f"subfolder=name, dtype=torch.{told.dtype}"
+        lines = [f'students = {{"{students[0]}": {net}}}', f"for name in {list(students[1:])}:".replace("'", '"')]
+        lines += [f"    students[name] = type({net}).from_pretrained(here, {options}).to({net}.device)"]
+        order, wear = "[" + ", ".join(f'students["{name}"]' for name in told.sampler.students) + "]", f"{net} = order[{{}}]"
+    else:
+        lines = [
+            f'pipe.load_lora_weights(here, weight_name="{file}", adapter_name="{student}")'
+            for student, file in zip(students, files, strict=True)
+        ]
+        order, wear = json.dumps(told.sampler.students), "pipe.set_adapters(order[{}])"
+    return [
+        *lines,
+        "",
+        f"order = {order}  # who takes each step",
+        wear.format(0),
+        "",
+        "",
+        "def take_turns(pipe, step, timestep, tensors):  # after each step; after the last one the first is back",
+        f"    {wear.format('(step + 1) % len(order)')}",
+        "    return tensors",
+        "",
+        "",
+    ]
 
 
 def notes(told: Serving) -> str:
@@ -93,9 +126,15 @@ def notes(told: Serving) -> str:
         )
     if told.lora:
         low, high = told.lora["scale_range"]
+        how = f" (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)" if len(told.students) == 1 else ""
         lines.append(
             f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} "
-            f"to {high:g} (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)."
+            f"to {high:g}{how}."
+        )
+    if len(told.students) > 1:
+        lines.append(
+            "Each student takes its own steps, and none can take another's. In ComfyUI that is one KSampler (Advanced) for "
+            "each LoRA, one after the other; A1111 cannot."
         )
     if Path(told.base).is_dir():
         lines.append(f"`{told.base}` is a folder of the machine that exported this; elsewhere, mend the path.")

@@ -83,6 +83,18 @@ def transition(since: tuple[Tensor, Tensor], to: tuple[Tensor, Tensor]) -> tuple
     return ratio, (s_t**2 - ratio**2 * s_s**2).clamp(min=0).sqrt()
 
 
+def anchored(x_s: Tensor, eps: Tensor, since: tuple[Tensor, Tensor], to: tuple[Tensor, Tensor]) -> Prediction:
+    """What denoising score matching must aim at where x_t was made from x_s and eps [B, ...] by `transition(since, to)`.
+
+    The expectation of each part given x_t is that of the marginal of x_t, whatever the distribution of x_s. Phased DMD,
+    arXiv:2510.27684, Eq. 11 and 12; from clean samples (alpha 1, sigma 0) it is (x_s, eps) itself.
+    """
+    (a_s, s_s), (a_t, s_t) = since, to
+    step = transition(since, to)[1]
+    x0 = mix(x_s, eps, 1 / a_s, -a_t * s_s**2 / (a_s**2 * step))
+    return Prediction(x0, like(s_t / step, eps) * eps, like(a_t, x_s), like(s_t, x_s))
+
+
 def halves(p: Prediction) -> tuple[Prediction, Prediction]:
     """The two halves of a batch that was made of two."""
     first, second = zip(*(x.chunk(2) for x in (p.x0, p.eps, p.alpha, p.sigma)), strict=True)

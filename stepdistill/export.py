@@ -3,6 +3,8 @@
 pytorch_lora_weights.safetensors   diffusers: prefixed PEFT keys, float32, alpha equal to rank
 <name>_kohya.safetensors           ComfyUI, A1111, Forge, sd-scripts (families that need it)
 fused/ or pipeline/                a whole pipeline: the LoRA merged, or (lora: null) the trained copy
+student_1.safetensors, ...         where several students take turns: a file each, in both LoRA formats; of whole copies,
+                                   the first is in pipeline/, the others are networks in student_2/, ...
 scheduler/scheduler_config.json
 stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
 """
@@ -62,7 +64,7 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
         ExportMismatch: see `check_export`.
     """
     told = serving(distillation)
-    told = dataclasses.replace(told, files=names(distillation, formats))
+    told = dataclasses.replace(told, files=names(distillation, told.students, formats))
     if out.exists() and not (out / SIDECAR).is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an export; give a new folder with --out")
     tmp, old = (out.with_name(f".{out.name}.{word}") for word in ("tmp", "old"))
@@ -70,8 +72,9 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
         shutil.rmtree(folder, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
-        for form, file in told.files.items():
-            WRITERS[form](distillation, told, tmp / file)
+        for form, files in told.files.items():
+            for student, file in zip(told.students, files, strict=True):
+                WRITERS[form](distillation, told, student, tmp / file)
         told.build_scheduler().save_pretrained(tmp / "scheduler")
         (tmp / SIDECAR).write_text(told.to_json(), encoding="utf-8")
         write_card(tmp, run or out.parent)
@@ -92,59 +95,66 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     return finding
 
 
-def names(distillation: Distillation, formats: Sequence[str] | None) -> dict[str, str]:
-    """The files to write, format to name, the one that a snippet should load first.
+def names(distillation: Distillation, students: Sequence[str], formats: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    """The files to write, format to a name for each student, the one that a snippet should load first.
 
     Raises:
-        UserError: a format that this student or family has not.
+        UserError: a format that these students or this family have not.
     """
-    recipe, family = distillation.recipe, distillation.family
-    files = {"diffusers": NAME, "kohya": f"{recipe.name}_kohya.safetensors", "fused": "fused"}
+    recipe, family, alone = distillation.recipe, distillation.family, len(students) == 1
     if recipe.lora is None:
         for form in set(formats or ()) - {"diffusers"}:
             raise UserError(f"format {form} needs a LoRA, but lora is null, so a whole pipeline is written; leave it out")
-        return {"pipeline": "pipeline"}
-    fits = [form for form in FORMATS if form != "kohya" or family.kohya_prefix]
+        return {"pipeline": ("pipeline", *students[1:])}
+    files = {
+        "diffusers": (NAME,) if alone else tuple(f"{student}.safetensors" for student in students),
+        "kohya": tuple(f"{recipe.name}{'' if alone else f'_{student}'}_kohya.safetensors" for student in students),
+        "fused": ("fused",),
+    }
+    lacks = {} if family.kohya_prefix else {"kohya": f"{family.pipeline} has no kohya file"}
+    lacks |= {} if alone else {"fused": f"one fused network cannot hold {len(students)} students"}
+    fits = [form for form in FORMATS if form not in lacks]
     for form in formats or ():
         if form not in fits:
-            why = f"{family.pipeline} has no kohya file" if form in FORMATS else "there is no such format"
-            raise UserError(f"format {form}: {why}; choose from {', '.join(fits)}")
+            raise UserError(f"format {form}: {lacks.get(form, 'there is no such format')}; choose from {', '.join(fits)}")
     wanted = formats or [form for form in fits if form != "fused"]
     return {form: files[form] for form in fits if form in wanted}
 
 
-def write_lora(distillation: Distillation, told: Serving, file: Path) -> None:
+def write_lora(distillation: Distillation, told: Serving, student: str, file: Path) -> None:
     header = {"format": "pt", "stepdistill.inference": told.to_json()}
-    save_file(student_state(distillation), file, header)
+    save_file(lora_state(distillation, student), file, header)
 
 
-def write_kohya(distillation: Distillation, told: Serving, file: Path) -> None:
+def write_kohya(distillation: Distillation, told: Serving, student: str, file: Path) -> None:
     family = distillation.family
-    state = kohya_state(student_weights(distillation), family.kohya_prefix, told.lora["alpha"])
+    state = kohya_state(distillation.students()[student].named_parameters(), family.kohya_prefix, told.lora["alpha"])
     save_file(state, file, kohya_header(state, told, family.net.config.cross_attention_dim, family.kind))
 
 
-def write_fused(distillation: Distillation, told: Serving, folder: Path) -> None:
+def write_fused(distillation: Distillation, told: Serving, student: str, folder: Path) -> None:
     with quiet():
         pipe = load_pipeline_folder(told.model, getattr(torch, told.dtype), told.revision, told.variant)
-        pipe.load_lora_weights(student_state(distillation))
+        pipe.load_lora_weights(lora_state(distillation, student))
         pipe.fuse_lora(components=[distillation.family.net_name])
         pipe.unload_lora_weights()
         pipe.scheduler = told.build_scheduler()
         pipe.save_pretrained(folder, safe_serialization=True)
 
 
-def write_pipeline(distillation: Distillation, told: Serving, folder: Path) -> None:
-    """The trained copy is float32 and stays so; whoever loads it chooses the type."""
-    family = distillation.family
+def write_pipeline(distillation: Distillation, told: Serving, student: str, folder: Path) -> None:
+    """The first student's whole pipeline; of others the network. They are float32; whoever loads them chooses the type."""
+    family, net = distillation.family, distillation.students()[student].net
     pipe = copy.copy(family.pipe)  # shares its parts; what is registered below, only the copy has
-    net = distillation.students().student.net
     with quiet():
+        if student != told.students[0]:
+            net.save_pretrained(folder, safe_serialization=True)
+            return
         pipe.register_modules(**{family.net_name: net, "scheduler": told.build_scheduler()})
         pipe.save_pretrained(folder, safe_serialization=True)
 
 
-Writer = Callable[[Distillation, Serving, Path], None]
+Writer = Callable[[Distillation, Serving, str, Path], None]
 WRITERS: dict[str, Writer] = {
     "diffusers": write_lora,
     "kohya": write_kohya,
@@ -153,13 +163,9 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def student_weights(distillation: Distillation) -> dict[str, Tensor]:
-    """The student's LoRA (of its average, if it has one), by name in the network."""
-    return dict(distillation.students().student.named_parameters())
-
-
-def student_state(distillation: Distillation) -> dict[str, Tensor]:
-    return peft_state(student_weights(distillation), distillation.family.net_name)
+def lora_state(distillation: Distillation, student: str) -> dict[str, Tensor]:
+    """A student's LoRA (of its average, if it has one), as diffusers names it."""
+    return peft_state(distillation.students()[student].named_parameters(), distillation.family.net_name)
 
 
 def write_card(out: Path, run: Path | None = None) -> None:
@@ -186,18 +192,19 @@ def check_export(distillation: Distillation, out: Path) -> str:
     shape = (len(told.prompts), *distillation.family.latent_shape(told.resolution, told.resolution))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ours = trainers_latents(distillation, told, noise)
-    for form, file in told.files.items():
+    for form, files in told.files.items():
         theirs = stock_latents(open_export(out, told, form), told, noise)
         off = distance(theirs, ours, told.dtype)
         if not off <= TOLERANCE[told.dtype]:
             why = "; ".join(differences(distillation, told, out)) or "the files hold what they should"
             raise ExportMismatch(
-                f"{out / file} in a stock {told.pipeline} does not give the trainer's samples: latents differ by "
-                f"{off:.2g}, allowed is {TOLERANCE[told.dtype]:g}. {why}. Versions: {told.versions}"
+                f"{out / ' and '.join(files)} in a stock {told.pipeline} does not give the trainer's samples: latents differ "
+                f"by {off:.2g}, allowed is {TOLERANCE[told.dtype]:g}. {why}. Versions: {told.versions}"
             )
         worst = max(worst, off)
     unit = "" if told.dtype == "float32" else f" of their size ({told.dtype})"
-    return f"checked: {' and '.join(told.files.values())}, in stock diffusers: the trainer's latents to {worst:.1e}{unit}"
+    written = " and ".join(file for files in told.files.values() for file in files)
+    return f"checked: {written}, in stock diffusers: the trainer's latents to {worst:.1e}{unit}"
 
 
 def distance(theirs: Tensor, ours: Tensor, dtype: str) -> float:
@@ -213,7 +220,8 @@ SEED = 1  # of the noise between steps
 def trainers_latents(distillation: Distillation, told: Serving, noise: Tensor) -> Tensor:
     """What the student makes of noise [B, ...], with the draws that `stock_latents` meets."""
     roles, family = distillation.students(), distillation.family
-    roles = roles.swap(student=dataclasses.replace(roles.student, precision=None))  # a stock pipeline has no autocast
+    plain = {student: dataclasses.replace(roles[student], precision=None) for student in told.students}
+    roles = roles.swap(**plain)  # a stock pipeline has no autocast
     device, dtype = family.pipe.device, getattr(torch, told.dtype)
     generator = torch.Generator().manual_seed(SEED)
 
@@ -244,8 +252,8 @@ def differences(distillation: Distillation, told: Serving, out: Path) -> Iterato
     written = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     if keys := [key for key, value in wanted.items() if written.get(key) != value]:
         yield f"scheduler_config.json differs in {', '.join(keys)}"
-    if "diffusers" in told.files:
-        there, state = load_file(out / told.files["diffusers"]), student_state(distillation)
+    for student, file in zip(told.students, told.files.get("diffusers", ()), strict=False):
+        there, state = load_file(out / file), lora_state(distillation, student)
         off = [key for key in state if key not in there or not there[key].equal(state[key])] + [*(there.keys() - state)]
         if off:
-            yield f"{len(off)} of {len(state)} LoRA tensors differ, the first is {off[0]}"
+            yield f"{len(off)} of {len(state)} tensors of {file} differ, the first is {off[0]}"

@@ -6,10 +6,13 @@ It is what `stepdistill.json`, the sidecar of an export, holds; so an export can
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,7 +32,7 @@ from .samplers import Sampler, find_sampler
 from .sources import embedded_models
 
 SIDECAR = "stepdistill.json"
-FORMAT = 1  # of the sidecar; a change that old code cannot read raises it
+FORMAT = 2  # of the sidecar; a change that old code cannot read raises it
 STEPS = (1, 2, 4, 8)  # numbers of steps that are tried besides those that a recipe names
 WHOLE = ("pipeline", "fused")  # files that are whole pipeline folders; the others are LoRA files
 
@@ -40,6 +43,7 @@ class Serving:
 
     name: str  # of the recipe
     pipeline: str  # class in diffusers
+    network: str  # attribute of the pipeline that was distilled
     model: str  # what was distilled: embedded name, absolute folder, or hub id
     revision: str | None
     variant: str | None
@@ -55,11 +59,16 @@ class Serving:
     versions: dict[str, str]
     recipe_hash: str
     negative_prompt_supported: bool = False  # without classifier-free guidance nothing reads it
-    files: dict[str, str] = dataclasses.field(default_factory=dict)  # format -> name in the export
+    files: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # format -> names in the export, one a student
 
     @property
     def sampler(self) -> Sampler:
         return self.samplers[self.steps]
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """Those who take the steps, in the order in which they take over; more than one with phased strategies."""
+        return tuple(dict.fromkeys(self.sampler.students))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -99,8 +108,11 @@ class Serving:
             tree = json.loads(text)
             if tree.pop("format") != FORMAT:
                 raise UserError(f"this {SIDECAR} was written by another version of stepdistill; export the run again")
-            tree["samplers"] = {int(n): Sampler(**sampler) for n, sampler in tree["samplers"].items()}
-            return cls(**tree | {"prompts": tuple(tree["prompts"])})
+            samplers = {int(n): Sampler(**sampler) for n, sampler in tree["samplers"].items()}
+            for n, sampler in samplers.items():
+                samplers[n] = dataclasses.replace(sampler, students=tuple(sampler.students))
+            files = {form: tuple(names) for form, names in tree["files"].items()}
+            return cls(**tree | {"prompts": tuple(tree["prompts"]), "samplers": samplers, "files": files})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UserError(f"{SIDECAR} cannot be read ({error!r}); export the run again") from None
 
@@ -137,6 +149,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     return Serving(
         name=recipe.name,
         pipeline=type(family.pipe).__name__,
+        network=family.net_name,
         model=str(Path(source).resolve()) if folder else source,
         revision=recipe.model.revision,
         variant=recipe.model.variant,
@@ -191,17 +204,57 @@ def read_export(folder: Path) -> Serving:
 
 
 def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPipeline:
-    """A fresh stock pipeline with one of the export's files (a key of `told.files`) on it, and the scheduler set."""
-    file, written = told.files[form], read_export(folder).steps
+    """A fresh stock pipeline with one of the export's formats (a key of `told.files`) on it, and the scheduler set.
+
+    Where several students take turns, its network changes over by itself (see `take_turns`).
+    """
+    files, written, dtype = told.files[form], read_export(folder).steps, getattr(torch, told.dtype)
     with quiet():
         if form in WHOLE:
-            pipe = load_pipeline_folder(str(folder / file), getattr(torch, told.dtype))
+            pipe = load_pipeline_folder(str(folder / files[0]), dtype)
+            net = getattr(pipe, told.network)
+            nets = [net, *(type(net).from_pretrained(folder / file, torch_dtype=dtype) for file in files[1:])]
+            calls = [network.to(distributed.device()).forward for network in nets]
         else:
-            pipe = load_pipeline_folder(told.model, getattr(torch, told.dtype), told.revision, told.variant)
-            pipe.load_lora_weights(folder, weight_name=file)
+            pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant)
+            for student, file in zip(told.students, files, strict=True):
+                pipe.load_lora_weights(folder, weight_name=file, adapter_name=student if len(files) > 1 else None)
+            net = getattr(pipe, told.network)
+            calls = [wearing(pipe, student, net.forward) for student in told.students]
+        if len(files) > 1:
+            take_turns(net, [calls[told.students.index(student)] for student in told.sampler.students])
         kind = getattr(diffusers, told.sampler.scheduler)
         pipe.scheduler = kind.from_pretrained(folder / "scheduler") if told.steps == written else told.build_scheduler()
     return pipe.to(distributed.device())
+
+
+def wearing(pipe: diffusers.DiffusionPipeline, adapter: str, forward: Callable) -> Callable:
+    """forward, with that LoRA of a pipeline on."""
+
+    def call(*args, **kwargs):
+        if pipe.get_active_adapters() != [adapter]:
+            pipe.set_adapters(adapter)
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def take_turns(net: torch.nn.Module, calls: Sequence[Callable]) -> None:
+    """Let the k-th step of sampling call calls[k] for net: a step is over when the time falls, a picture when it rises."""
+    signature, at, last = inspect.signature(net.forward), 0, math.inf
+
+    @functools.wraps(net.forward)
+    def forward(*args, **kwargs):
+        nonlocal at, last
+        t = float(torch.as_tensor(signature.bind(*args, **kwargs).arguments["timestep"]).flatten()[0])
+        at, last = (at if t == last else at + 1 if t < last < math.inf else 0), t
+        if at == len(calls):
+            raise ValueError(
+                f"this pipeline was loaded for {at} steps; load it for another number: load_pipeline(..., steps=N)"
+            )
+        return calls[at](*args, **kwargs)
+
+    net.forward = forward
 
 
 def load_pipeline(run_folder: Path | str, steps: int | None = None) -> diffusers.DiffusionPipeline:

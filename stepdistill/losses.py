@@ -14,20 +14,23 @@ def surrogate(x: Tensor, grad: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(x, (x - grad).detach())
 
 
-def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Scalar whose gradient in x0 is the normalized score difference. DMD, arXiv:2311.18828, Eq. 7 and 8, in the form of
+def distribution_matching(
+    x: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None, x0: Tensor | None = None
+) -> Tensor:
+    """Scalar whose gradient in x is the normalized score difference. DMD, arXiv:2311.18828, Eq. 7 and 8, in the form of
     its authors' code: (D_fake - D_real) over the sample's mean |x0 - D_real|.
 
     Args:
-        x0: the student's sample, with grad, [B, ...].
+        x: the student's sample, with grad, [B, ...].
         real, fake: clean predictions of the guided teacher and of the fake score at the same x_t, [B, ...].
         weight: a factor for each sample [B] (the h of f-distill).
+        x0: the clean sample that stands for x in the scale, where x is not clean itself.
     """
     with torch.no_grad():
-        scale = 1 / (x0 - real).abs().flatten(1).mean(1).clamp(min=1e-5)  # [B]
+        scale = 1 / ((x if x0 is None else x0) - real).abs().flatten(1).mean(1).clamp(min=1e-5)  # [B]
         scale = scale if weight is None else weight * scale
-        grad = (fake - real) * like(scale, x0)
-    return surrogate(x0, grad)
+        grad = (fake - real) * like(scale, x)
+    return surrogate(x, grad)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
@@ -35,14 +38,15 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return (((a - b).square() + c**2).sqrt() - c).mean()
 
 
-def denoising(p: Prediction, x: Tensor, eps: Tensor, space: str) -> Tensor:
-    """Mean squared error of a prediction against the clean x and noise eps [B, ...] of its x_t.
+def denoising(p: Prediction, target: Prediction, space: str, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of a prediction against the clean sample and noise [B, ...] of its x_t.
 
     Args:
         space: what is compared: eps, x0, v or flow. All have the same minimizer and differ by a weight of t.
+        weight: a factor for each sample [B].
     """
-    target = Prediction(x, eps, p.alpha, p.sigma)
-    return F.mse_loss(getattr(p, space), getattr(target, space))
+    error = (getattr(p, space) - getattr(target, space)).square()
+    return (error if weight is None else like(weight, error) * error).mean()
 
 
 def gan_student(fake_logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .batch import seed_of
-from .diffusion import Prediction, guide, halves, mix, read, transition
+from .diffusion import Prediction, anchored, guide, halves, mix, read, transition
 from .schedules import Schedule
 
 if TYPE_CHECKING:
@@ -188,8 +188,18 @@ class Roles(dict[str, Denoiser]):
 
     def noise(self, x: Tensor, t: Tensor, eps: Tensor, since: Tensor | None = None) -> Tensor:
         """A sample of q(x_t | x_since) made with eps; x [B, ...] is clean if since is None. Times [B]."""
-        to = self.schedule.alpha_sigma(t)
-        return mix(x, eps, *(to if since is None else transition(self.schedule.alpha_sigma(since), to)))
+        return mix(x, eps, *self.transition(t, since))
+
+    def transition(self, t: Tensor, since: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Coefficients [B] of q(x_t | x_since); of q(x_t | x_0) if since is None."""
+        return transition(self._coefficients(since, t), self.schedule.alpha_sigma(t))
+
+    def denoising_target(self, x: Tensor, t: Tensor, eps: Tensor, since: Tensor | None = None) -> Prediction:
+        """What a denoiser must predict of `noise(x, t, eps, since)` to learn the score of all such samples at t."""
+        return anchored(x, eps, self._coefficients(since, t), self.schedule.alpha_sigma(t))
+
+    def _coefficients(self, since: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
+        return (torch.ones_like(t), torch.zeros_like(t)) if since is None else self.schedule.alpha_sigma(since)
 
     def move(self, p: Prediction, t: Tensor) -> Tensor:
         """The deterministic first-order step to times t [B]: DDIM on variance-preserving schedules, Euler on flow."""

@@ -101,11 +101,14 @@ def loop(run: Run, trainer: Trainer, line: Line) -> None:
         samples(0)
     with stopping() as stop:
         while trainer.at < recipe.train.steps:
+            stage = trainer.stage
             try:
                 values = trainer.step()
             except Diverged as error:
                 path = trainer.save(run.checkpoints)
                 raise Diverged(error.player, error.tensor, error.step, path) from None
+            if trainer.stage != stage and trainer.strategy.stages > 1:
+                line.say(f"stage {trainer.stage + 1} of {trainer.strategy.stages}")
             seconds = time.monotonic() - began
             log(trainer.at, seconds, values)
             left = seconds / (trainer.at - first) * (recipe.train.steps - trainer.at)

@@ -31,6 +31,7 @@ class Sampler:
     scheduler: str  # class in diffusers
     config: dict[str, Any]
     call: dict[str, Any]  # of pipe(...): num_inference_steps; timesteps or sigmas only where no config gives the grid
+    students: tuple[str, ...] = ("student",)  # who takes each step, or all of them
     comfyui: dict[str, Any] | None = None  # the same in words of ComfyUI; None: not known to be the same
     a1111: dict[str, Any] | None = None
 
@@ -55,7 +56,9 @@ def find_sampler(schedule: Schedule, kind: Kind, config: Mapping[str, Any], how:
         off = deviation(sampler, schedule, kind, how)
         if off <= TOLERANCE:
             full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
-            return Sampler(sampler.scheduler, full, sampler.call, **elsewhere(schedule, kind, how))
+            students = tuple(hop.role for hop in how.hops)
+            students = students if len(set(students)) > 1 else students[:1]
+            return Sampler(sampler.scheduler, full, sampler.call, students, **elsewhere(schedule, kind, how))
         tried.append(f"{sampler.scheduler} is off by {off:.1g}")
     times = ", ".join(f"{hop.time:.4g}" for hop in how.hops)
     raise ValueError(f"no stock scheduler visits the times {times} as this student is sampled ({'; '.join(tried)})")
@@ -63,9 +66,9 @@ def find_sampler(schedule: Schedule, kind: Kind, config: Mapping[str, Any], how:
 
 def refuse(how: Inference) -> None:
     """Raises ValueError if no scheduler whatever could make a stock pipeline do it."""
-    roles = sorted({hop.role for hop in how.hops})
-    if roles != ["student"]:
-        raise ValueError(f"the sampler asks {', '.join(roles)}, and a stock pipeline has one network: the student")
+    others = sorted({hop.role for hop in how.hops if not hop.role.startswith("student")})
+    if others:
+        raise ValueError(f"the sampler asks {', '.join(others)}, and a stock pipeline has only students")
     if any(hop.scale != 1 for hop in how.hops):
         raise ValueError("the sampler guides some steps; a distilled student is sampled unguided")
     if how.told is not None and any(hop.time != how.told for hop in how.hops):
@@ -164,13 +167,17 @@ def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[
     n, times = len(how.hops), [hop.time for hop in how.hops]
     entries = [999 - int(k * 1000 / n) for k in range(n)]
     comfyui = {"sampler": "lcm" if how.renoise else "euler", "scheduler": "simple", "cfg": 1.0}
+    roles = [hop.role for hop in how.hops]
+    if len(set(roles)) > 1:  # one KSampler (Advanced) for each LoRA
+        first = {role: roles.index(role) for role in roles}
+        comfyui |= {role: f"steps {k} to {k + roles.count(role)}" for role, k in first.items()}
     if isinstance(schedule, RectifiedFlow):
         simple = schedule.warp(torch.tensor([(entry + 1) / 1000 for entry in entries], dtype=torch.float64)).tolist()
         return {"comfyui": comfyui | {"ModelSamplingSD3 shift": schedule.shift}} if near(simple, times) else {}
     if kind != "eps" or len(schedule.theta) != 1000:
         return {}
     found = {"comfyui": comfyui} if near([entry / 999 for entry in entries], times) else {}
-    if how.renoise and near([(999 - 20 * int(k * 50 / n)) / 999 for k in range(n)], times):
+    if how.renoise and len(set(roles)) == 1 and near([(999 - 20 * int(k * 50 / n)) / 999 for k in range(n)], times):
         found["a1111"] = {"sampler": "LCM", "schedule type": "Simple", "cfg scale": 1.0}
     return found
 

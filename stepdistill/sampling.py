@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .diffusion import Prediction
 from .roles import Roles
 
 
@@ -37,8 +38,7 @@ Normal = Callable[[Tensor], Tensor]  # x -> standard normal noise of x's shape
 def rollout(roles: Roles, how: Inference, x_t: Tensor, cond, normal: Normal, k: int, null=None) -> tuple[Tensor, Tensor]:
     """Walk pure noise x_t [B, ...] through the first k hops; returns x_t and t [B] as the next hop will see them."""
     for here, there in zip(how.hops[:k], how.hops[1 : k + 1], strict=True):
-        p, t = ask(roles, how, here, x_t, cond, null), x_t.new_full([len(x_t)], there.time)
-        x_t = roles.noise(p.x0, t, normal(x_t)) if how.renoise else roles.move(p, t)
+        x_t = step(roles, how, ask(roles, how, here, x_t, cond, null), there.time, normal)
     return x_t, x_t.new_full([len(x_t)], how.hops[k].time)
 
 
@@ -48,6 +48,12 @@ def sample(roles: Roles, how: Inference, noise: Tensor, cond, normal: Normal = t
     last = len(how.hops) - 1
     x_t, _ = rollout(roles, how, noise, cond, normal, last, null)
     return ask(roles, how, how.hops[last], x_t, cond, null).x0
+
+
+def step(roles: Roles, how: Inference, p: Prediction, time: float, normal: Normal) -> Tensor:
+    """From a prediction to x at a lower noise level, [B, ...]."""
+    t = p.x0.new_full([len(p.x0)], time)
+    return roles.noise(p.x0, t, normal(p.x0)) if how.renoise else roles.move(p, t)
 
 
 def ask(roles: Roles, how: Inference, hop: Hop, x_t: Tensor, cond, null=None):

@@ -1,7 +1,7 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t in [0, 1] and t = 1 the noise end.
 
-Every schedule is an angle theta(t) = atan2(sigma, alpha); `time` inverts it, `warp` spreads uniform numbers over time, and
-`grid` gives the times that a stock scheduler visits.
+Every schedule is an angle theta(t) = atan2(sigma, alpha); `time` inverts it, `warp` spreads uniform numbers over time,
+`unwarp` inverts that, and `grid` gives the times that a stock scheduler visits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class Schedule(Protocol):
     def warp(self, u: Tensor) -> Tensor:
         """Uniform numbers in [0, 1] -> times with the density that the teacher's own sampler has (its shift)."""
 
+    def unwarp(self, t: float) -> float:
+        """The number that `warp` takes to time t."""
+
     def grid(self, n: int) -> tuple[float, ...]:
         """The n + 1 times 0 = g[0] < ... < g[n] of n equal solver steps; g[:0:-1] is the sampler's "trailing" grid."""
 
@@ -41,6 +44,9 @@ class RectifiedFlow:
 
     def warp(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def unwarp(self, t: float) -> float:
+        return t / (self.shift - (self.shift - 1) * t)
 
     def grid(self, n: int) -> tuple[float, ...]:
         return tuple(self.warp(torch.arange(n + 1, dtype=torch.float64) / n).tolist())
@@ -75,6 +81,9 @@ class VariancePreserving:
 
     def warp(self, u: Tensor) -> Tensor:
         return u
+
+    def unwarp(self, t: float) -> float:
+        return t
 
     def grid(self, n: int) -> tuple[float, ...]:
         size = len(self.theta)

@@ -108,6 +108,10 @@ def check(
         for message in strategy.check():  # "field: what is wrong" or just what is wrong
             name, _, rest = message.partition(": ")
             yield (("strategy", name), rest) if name in fields_of(type(strategy)) else (("strategy",), message)
+        steps = values.get("train.steps")
+        if steps and strategy.stage(steps - 1) < strategy.stages - 1:
+            first = strategy.stage(steps - 1) + 1
+            yield ("train", "steps"), f"{steps} end in stage {first} of {strategy.stages} of {strategy_name}; train for longer"
         if "x0" in strategy.needs and values.get("data.images", "") is None:
             others = f"or other settings (see: stepdistill explain {strategy_name})"
             remedy = f"give a folder of pictures with captions, or stepdistill/tiny, {others}"

@@ -24,7 +24,7 @@ class Trainer:
     def __init__(self, distillation: Distillation, data: Batches):
         self.distillation, self.data = distillation, data
         self.recipe, self.roles, self.strategy = distillation.recipe, distillation.roles, distillation.strategy
-        self.at, self.stage, self.opened = 0, None, 0
+        self.at, self.stage, self.opened, self.end = 0, None, 0, 0  # steps, and the stage from opened to before end
         self.players: dict[str, tuple[str, ...]] = {}
         self.params: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -38,6 +38,8 @@ class Trainer:
             self.opened = self.at
             self.strategy.enter(self.roles, stage)
         self.stage, self.players = stage, self.strategy.players(stage)
+        steps = self.recipe.train.steps
+        self.end = next((step for step in range(self.at, steps) if self.strategy.stage(step) != stage), steps)
         self.params = {who: modules_of(self.strategy, self.roles, names) for who, names in self.players.items()}
         everything = [p for role in self.roles.values() for p in role.parameters()]
         everything += [p for module in self.strategy.modules().values() for p in module.parameters()]
@@ -112,18 +114,19 @@ class Trainer:
         return "all parameters together (their norm overflows)"
 
     def rate(self, who: str) -> float:
-        """Learning rate of a player at this step: warm-up since the stage began, then constant or cosine."""
-        optim, steps = self.recipe.optim, self.recipe.train.steps
+        """Learning rate of a player at this step: warm-up since the stage began, constant or a cosine to the stage's end."""
+        optim, done = self.recipe.optim, (self.at - self.opened) / max(1, self.end - self.opened)
         peak = optim.student_lr if who == "student" else optim.critic_lr
         warm = min(1.0, (self.at - self.opened + 1) / optim.warmup) if optim.warmup else 1.0
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.at / steps))) if optim.schedule == "cosine" else 1.0
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if optim.schedule == "cosine" else 1.0
         return peak * warm * cosine
 
     def average(self, moved: set[str]) -> None:
         """Let each average follow its role; early on with a shorter memory, or it would remember the start."""
         for name in moved:
             if name + AVERAGE in self.roles:
-                decay = min(self.recipe.train.ema, (1 + self.at) / (10 + self.at))
+                age = self.at - self.opened
+                decay = min(self.recipe.train.ema, (1 + age) / (10 + age))
                 self.roles[name + AVERAGE].follow(self.roles[name], decay)
 
     def save(self, folder: Path) -> Path:

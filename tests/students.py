@@ -31,6 +31,8 @@ CASES = {  # of exports: teacher, strategy, overrides
     "ddim-eps": ("eps", "{name: dmd2, renoise: false}", []),
     "lcm-flow": ("flow", "{name: lcm}", []),
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
+    "phased-eps": ("eps", "{name: phased_dmd, phase_steps: 1}", ["train.steps=2", "train.ema=0.9"]),
+    "phased-flow-whole": ("flow", "{name: phased_dmd, phase_steps: 1, renoise: true}", ["train.steps=2", "lora=null"]),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
     **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},

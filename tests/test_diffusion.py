@@ -4,7 +4,7 @@ import pytest
 import torch
 from worlds import F64, FLOW, VP, Gaussian, Mixture, spread
 
-from stepdistill.diffusion import Prediction, guide, halves, like, mix, read, transition
+from stepdistill.diffusion import Prediction, anchored, guide, halves, like, mix, read, transition
 
 T = torch.tensor([0.05, 0.3, 0.62, 0.97], dtype=F64)
 EDM = torch.ones(4, dtype=F64), 6 * T
@@ -81,6 +81,38 @@ def test_transition_of_rectified_flow():
     _, noise = transition(FLOW.alpha_sigma(s), FLOW.alpha_sigma(T))
     assert torch.allclose(noise**2, (T - s) * (T + s - 2 * T * s) / (1 - s) ** 2, rtol=1e-10)
     assert (transition(FLOW.alpha_sigma(T), FLOW.alpha_sigma(T))[1] == 0).all()
+
+
+@pytest.mark.parametrize("schedule", [VP, FLOW])
+def test_anchored_target_has_the_marginal_as_its_expectation(schedule):
+    """Over x_s given x_t, by quadrature, for a mixture at the anchors and any parameterization."""
+    since, to = (schedule.alpha_sigma(torch.tensor([t], dtype=F64)) for t in (0.4, 0.7))
+    ratio, step = transition(since, to)
+    x_s = torch.linspace(-8, 8, 20001, dtype=F64)[:, None]
+    anchors = Mixture().log_density(x_s, *since).exp()
+    for x_t in (-1.2, 0.1, 0.9):
+        eps = (x_t - ratio * x_s) / step
+        weight = anchors * (-eps.square() / 2).exp()
+        target, (a, s) = anchored(x_s, eps, since, to), (c[:, None] for c in to)
+        want = Prediction(*Mixture()(torch.tensor([[x_t]], dtype=F64), a, s, {}), a, s)
+        for name in ("x0", "eps", "v", "flow"):
+            mean = (weight * getattr(target, name)).sum() / weight.sum()
+            assert mean.item() == pytest.approx(getattr(want, name).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [VP, FLOW])
+def test_anchored_at_clean_samples_is_plain(schedule):
+    """Bit for bit."""
+    target = anchored(X0, EPS, (torch.ones_like(T), torch.zeros_like(T)), schedule.alpha_sigma(T))
+    assert torch.equal(target.x0, X0) and torch.equal(target.eps, EPS)
+
+
+def test_anchored_flow_target_on_rectified_flow_is_the_paper_s():
+    """[(t - 2 s t + s^2) / ((1 - s)^2 sigma)] eps - x_s / (1 - s)."""
+    s, t = T - 0.04, T
+    sigma = transition(FLOW.alpha_sigma(s), FLOW.alpha_sigma(t))[1]
+    want = like((t - 2 * s * t + s**2) / ((1 - s) ** 2 * sigma), EPS) * EPS - like(1 / (1 - s), X0) * X0
+    assert torch.allclose(anchored(X0, EPS, FLOW.alpha_sigma(s), FLOW.alpha_sigma(t)).flow, want, rtol=1e-9)
 
 
 def test_coefficients_take_the_dtype_of_the_sample():

@@ -43,7 +43,7 @@ def test_what_is_told(made):
 def test_json_keeps_everything(made):
     told = read_export(made[1] / "export")
     assert told == Serving.from_json(told.to_json())
-    assert told.files == {"diffusers": "pytorch_lora_weights.safetensors"}
+    assert told.files == {"diffusers": ("pytorch_lora_weights.safetensors",)}
     assert json.loads(told.to_json())["samplers"]["8"]["call"] == {"num_inference_steps": 8}
 
 

@@ -72,7 +72,16 @@ def test_denoising_spaces_differ_by_a_weight(space, weight):
     """At alpha 0.6, sigma 0.8, an error of x0 by d is one of eps by -alpha d / sigma, and so on."""
     a, s = torch.full((4, 1, 1), 0.6, dtype=F64), torch.full((4, 1, 1), 0.8, dtype=F64)
     p = Prediction(X, (a * Y + s * Z - a * X) / s, a, s)  # says X, with the noise that its x_t then implies
-    assert denoising(p, Y, Z, space).item() == pytest.approx(weight * (X - Y).square().mean().item(), rel=1e-12)
+    assert denoising(p, Prediction(Y, Z, p.alpha, p.sigma), space).item() == pytest.approx(
+        weight * (X - Y).square().mean().item(), rel=1e-12
+    )
+
+
+def test_denoising_may_weigh_samples():
+    a = s = torch.ones(4, 1, 1, dtype=F64)
+    p, target, weight = Prediction(X, Z, a, s), Prediction(Y, Z, a, s), torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=F64)
+    each = (X - Y).square().flatten(1).mean(1)
+    assert denoising(p, target, "x0", weight).item() == pytest.approx((weight * each).mean().item(), rel=1e-12)
 
 
 def test_gan_student():

@@ -37,6 +37,12 @@ def test_warp_is_monotone_between_the_ends(schedule):
 
 
 @EVERY
+def test_unwarp_inverts_warp(schedule):
+    for u in (0.0, 0.001, 0.3, 0.77, 1.0):
+        assert schedule.unwarp(schedule.warp(u)) == pytest.approx(u, abs=1e-12)
+
+
+@EVERY
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 50])
 def test_grid_rises_from_zero_to_one(schedule, n):
     grid = schedule.grid(n)

@@ -19,9 +19,10 @@ STRATEGIES = {
     "dmd2": "{name: dmd2, student_every: 2, guidance: 2}",
     "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
     "vsd": "{name: vsd}",
+    "phased_dmd": "{name: phased_dmd, steps: 2, phase_steps: 2, student_every: 1, guidance: 2}",
 }
-# the loop is one: two strategies prove it every time
-EVERY = ["lcm", "dmd2", *(pytest.param(name, marks=pytest.mark.long) for name in ("f_distill", "vsd"))]
+# the loop is one: three strategies prove it every time
+EVERY = ["lcm", "dmd2", "phased_dmd", *(pytest.param(name, marks=pytest.mark.long) for name in ("f_distill", "vsd"))]
 
 
 def trainer(folder, *overrides, strategy="lcm", teacher="eps") -> Trainer:
@@ -116,12 +117,25 @@ def test_gradients_of_every_player_are_clipped(tmp_path):
 
 def test_learning_rates_warm_up_and_follow_the_cosine(tmp_path):
     made = trainer(tmp_path, "train.steps=8", "optim.warmup=2", "optim.schedule=cosine", "optim.student_lr=0.01")
+    made.open(0)
     rates = []
     for made.at in range(8):
         rates.append(made.rate("student"))
     assert rates[0] == pytest.approx(0.005)
     assert rates[4] == pytest.approx(0.005)
     assert rates[7] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+def test_learning_rates_begin_and_end_with_each_stage(tmp_path, monkeypatch):
+    made = trainer(tmp_path, "train.steps=12", "optim.schedule=cosine", "optim.student_lr=0.01")
+    monkeypatch.setattr(made.strategy, "stage", lambda step: int(step >= 4), raising=False)
+    rates = []
+    for made.at in range(12):
+        if made.strategy.stage(made.at) != made.stage:
+            made.open(made.strategy.stage(made.at))
+        rates.append(made.rate("student"))
+    done = [k / 4 for k in range(4)] + [k / 8 for k in range(8)]
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * x)) for x in done])
 
 
 def test_the_average_follows_the_student(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,14 +30,16 @@ def load_pipeline_folder(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what diffusers and transformers say while they load: bars of milliseconds, notes on torchvision."""
+    """Leave out what diffusers, transformers and peft say while they load: bars of milliseconds, notes on torchvision."""
     loggers = (diffusers.utils.logging, transformers.utils.logging)
     before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
     for logger in loggers:
         logger.set_verbosity_error()
         logger.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are the idea
+            yield
     finally:
         for logger, (verbosity, bar) in zip(loggers, before, strict=True):
             logger.set_verbosity(verbosity)

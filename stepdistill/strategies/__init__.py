@@ -4,11 +4,13 @@ from .base import Strategy
 from .dmd2 import DMD2
 from .f_distill import FDistill
 from .lcm import LCM
+from .phased_dmd import PhasedDMD
 from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "dmd2": DMD2,
     "f_distill": FDistill,
     "lcm": LCM,
+    "phased_dmd": PhasedDMD,
     "vsd": VSD,
 }

@@ -22,6 +22,7 @@ class Strategy:
 
     roles: ClassVar[tuple[str, ...]] = ("student",)  # made beside the teacher, and equal to it at first
     needs: ClassVar[frozenset[str]] = frozenset()  # fields of Batch, beyond noise, cond and null, that data must fill
+    stages: ClassVar[int] = 1  # that `stage` tells apart; training must last until the last of them
 
     def check(self) -> Iterator[str]:
         """Problems with the fields taken together, each a sentence with the rule and the remedy."""

@@ -69,7 +69,8 @@ class DMD2(Strategy):
 
     def losses(self, roles, batch, draw):
         turn = draw.step % self.student_every == 0
-        x0, time = generate(roles, self.inference(roles.schedule), batch, draw, grad=turn)
+        p, time = generate(roles, self.inference(roles.schedule), batch, draw, grad=turn)
+        x0 = p.x0
         if turn:
             loss = matching = self.match(roles, x0, time, batch, draw)
             logs = {"matching": matching}

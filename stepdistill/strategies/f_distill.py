@@ -72,7 +72,7 @@ class FDistill(Strategy):
 
     def losses(self, roles, batch, draw):
         turn = draw.step % self.student_every == 0
-        x0, _ = generate(roles, self.inference(roles.schedule), batch, draw, grad=turn)
+        x0 = generate(roles, self.inference(roles.schedule), batch, draw, grad=turn)[0].x0
         if turn:
             matching, gan, h = self.match(roles, x0, batch, draw)
             logs = {"matching": matching, "gan": gan, "least_weight": h.min(), "most_weight": h.max()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch, Draw
+from ..diffusion import Prediction
 from ..losses import denoising, gan_critic
 from ..roles import Roles
 from ..sampling import Hop, Inference, ask, rollout, trailing
@@ -52,27 +53,46 @@ def own_steps(name: str, schedule: Schedule, steps: int, times: tuple[float, ...
     return hops[:: steps // (asked or steps)]
 
 
-def generate(roles: Roles, how: Inference, batch: Batch, draw: Draw, grad: bool) -> tuple[Tensor, float]:
-    """The student's clean sample [B, ...] after a random number of its own steps, the same for the whole iteration; and
-    the time of its last evaluation.
+def times_above(since: float, schedule: Schedule, draw: Draw, low: float, high: float) -> Tensor:
+    """Random times [B] between `since` and 1, uniform before the schedule's warp, off the ends by shares low and 1 - high."""
+    least = schedule.unwarp(since)
+    return schedule.warp(least + (1 - least) * draw.uniform(low, high))
+
+
+def generate(
+    roles: Roles, how: Inference, batch: Batch, draw: Draw, grad: bool, hops: range | None = None
+) -> tuple[Prediction, float]:
+    """The student's prediction after a random number of its own steps, the same for the whole iteration; and its time.
 
     Backward simulation, DMD2, arXiv:2405.14867, Sec. 4.4: it walks there from pure noise without gradient, as it will at
-    inference; only its last evaluation has one (if grad).
+    inference; only its last evaluation has one (if grad), which is one of `hops` (None: of all).
     """
-    exit_hop = draw.choice(len(how.hops))
-    x_t, _ = rollout(roles, how, batch.noise, batch.cond, draw.normal, exit_hop)
+    hops = range(len(how.hops)) if hops is None else hops
+    last = hops[draw.choice(len(hops))]
+    x_t, _ = rollout(roles, how, batch.noise, batch.cond, draw.normal, last)
     with torch.set_grad_enabled(grad):
-        return ask(roles, how, how.hops[exit_hop], x_t, batch.cond).x0, how.hops[exit_hop].time
+        return ask(roles, how, how.hops[last], x_t, batch.cond), how.hops[last].time
 
 
-def fit_fake(roles: Roles, x0: Tensor, cond: dict[str, Tensor], draw: Draw, space: str | None = None) -> Tensor:
-    """Denoising score matching of the fake score on the student's samples x0 [B, ...] (detached).
+def fit_fake(
+    roles: Roles,
+    x: Tensor,
+    cond: dict[str, Tensor],
+    draw: Draw,
+    space: str | None = None,
+    since: float = 0.0,
+    clamp: float | None = None,
+) -> Tensor:
+    """Denoising score matching of the fake score on the student's samples x [B, ...] (detached), clean or at time `since`.
 
-    space: what is compared (see `losses.denoising`); None: what the network predicts.
+    space: what is compared (see `losses.denoising`); None: what the network predicts. clamp: None, or c in the weight
+    min(1, c sigma^2) of Phased DMD, arXiv:2510.27684, Eq. 13, with the sigma of q(x_t | x_since).
     """
-    t, eps = roles.schedule.warp(draw.uniform(*INSIDE)), draw.normal(x0)
-    p = roles.fake(roles.noise(x0, t, eps), t, cond)
-    return denoising(p, x0, eps, space or roles.fake.kind)
+    t, eps = times_above(since, roles.schedule, draw, *INSIDE), draw.normal(x)
+    s = torch.full_like(t, since) if since else None
+    p, target = roles.fake(roles.noise(x, t, eps, s), t, cond), roles.denoising_target(x, t, eps, s)
+    weight = None if clamp is None else (clamp * roles.transition(t, s)[1] ** 2).clamp(max=1)
+    return denoising(p, target, space or roles.fake.kind, weight)
 
 
 def drop_prompts(batch: Batch, which: Tensor) -> dict[str, Tensor]:

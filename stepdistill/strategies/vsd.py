@@ -37,7 +37,7 @@ class VSD(Strategy):
         return {"student": ("student",), "critic": ("fake",)}
 
     def losses(self, roles, batch, draw):
-        x0, _ = generate(roles, self.inference(roles.schedule), batch, draw, grad=True)
+        x0 = generate(roles, self.inference(roles.schedule), batch, draw, grad=True)[0].x0
         t, w = roles.schedule.warp(draw.uniform(*self.t_range)), draw.uniform(*self.guidance)  # [B]
         x_t = roles.noise(x0, t, draw.normal(x0))
         with torch.no_grad():

@@ -160,7 +160,7 @@ def test_backward_simulation_follows_the_variance_recursion(schedule, kind, exit
     roles, strategy = play(schedule, kind, Gaussian(M, C), student=student), DMD2(renoise=True)
     draw = Script(normal=[axes[i : i + 1] for i in range(1, 6)], choice=exit_hop)
     how = strategy.inference(schedule)
-    x0, time = dmd2.generate(roles, how, Batch(noise=axes[:1], cond={}), draw, grad=True)
+    p, time = dmd2.generate(roles, how, Batch(noise=axes[:1], cond={}), draw, grad=True)
 
     variance = 1.0  # pure noise, also where alpha at the last time is not 0
     for i, hop in enumerate(how.hops[: exit_hop + 1]):
@@ -172,11 +172,8 @@ def test_backward_simulation_follows_the_variance_recursion(schedule, kind, exit
             _, a, s = gain(schedule, how.hops[i + 1].time)
             variance = a**2 * clean + s**2
             assert abs(variance / spread(a, s, C) ** 2 - 1) > 1e-3  # not what noised data would be
-    assert (
-        len(seen) == exit_hop + 1
-        and time == how.hops[exit_hop].time
-        and x0.square().sum().item() == pytest.approx(clean, rel=1e-9)
-    )
+    assert len(seen) == exit_hop + 1 and time == how.hops[exit_hop].time
+    assert p.x0.square().sum().item() == pytest.approx(clean, rel=1e-9)
     assert draw.served["normal"] == exit_hop
 
 
@@ -186,12 +183,12 @@ def test_deterministic_simulation_is_a_product_of_cosines(schedule, kind):
     roles, strategy = play(schedule, kind, Gaussian(M, C), student=Gaussian(M, C)), DMD2(renoise=False)
     how = strategy.inference(schedule)
     z = torch.tensor([[-1.0, 0.0, 2.0]], dtype=F64)
-    got, _ = dmd2.generate(roles, how, Batch(noise=z, cond={}), Script(choice=3), grad=False)
+    p, _ = dmd2.generate(roles, how, Batch(noise=z, cond={}), Script(choice=3), grad=False)
     points = [schedule.alpha_sigma(torch.tensor([hop.time], dtype=F64)) for hop in how.hops]
     angles = torch.stack([torch.atan2(s, a * C) for a, s in points])
     (a_0, s_0), (a_3, s_3) = points[0], points[-1]
     x_3 = a_3 * M + angles.diff(dim=0).cos().prod() * spread(a_3, s_3, C) / spread(a_0, s_0, C) * (z - a_0 * M)
-    assert torch.allclose(got, Gaussian(M, C)(x_3, a_3, s_3, {})[0], rtol=1e-9)
+    assert torch.allclose(p.x0, Gaussian(M, C)(x_3, a_3, s_3, {})[0], rtol=1e-9)
 
 
 @EVERY
