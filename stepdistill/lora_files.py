@@ -18,7 +18,11 @@ from torch import Tensor
 from .inference import Serving
 
 NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights(folder) looks for
-BASES = {768: ("stable-diffusion-v1", "sd_v1"), 1024: ("stable-diffusion-v2-512", "sd_v2")}  # by width of their text
+BASES = {  # by width of their text, as ModelSpec and sd-scripts call them
+    768: ("stable-diffusion-v1", "sd_v1"),
+    1024: ("stable-diffusion-v2-512", "sd_v2"),
+    2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+}
 
 
 def peft_state(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -83,6 +83,38 @@ def sd(prediction_type="epsilon", time_cond_proj_dim=None):
     )
 
 
+def sdxl(force_zeros=True):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=2,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(**SD_SCHEDULER, steps_offset=1, timestep_spacing="leading")
+    return finish(
+        diffusers.StableDiffusionXLPipeline(
+            unet=unet,
+            scheduler=scheduler,
+            vae=autoencoder(scaling_factor=0.13025),
+            text_encoder=transformers.CLIPTextModel(clip_config()),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config()),
+            tokenizer_2=clip_tokenizer(),
+            force_zeros_for_empty_prompt=force_zeros,
+        )
+    )
+
+
 def sd3(with_t5=False, dual=(), shift=3.0):
     torch.manual_seed(0)
     transformer = diffusers.SD3Transformer2DModel(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pipelines import sd, sd3
+from pipelines import sd, sd3, sdxl
 
 from stepdistill.assemble import Distillation, assemble
 from stepdistill.recipe import dump_recipe, load_recipe
@@ -22,6 +22,7 @@ def silent_sd3(shift: float):
 PIPELINES = {
     "eps": lambda: sd("epsilon"),
     "v": lambda: sd("v_prediction"),
+    "sdxl": sdxl,
     "flow": lambda: silent_sd3(3.0),
     "shift1": lambda: sd3(with_t5=True, shift=1.0),
 }
@@ -29,6 +30,7 @@ CASES = {  # of exports: teacher, strategy, overrides
     "lcm-eps": ("eps", "{name: lcm}", ["train.ema=0.9"]),
     "dmd2-v": ("v", "{name: dmd2}", []),
     "ddim-eps": ("eps", "{name: dmd2, renoise: false}", []),
+    "lcm-sdxl": ("sdxl", "{name: lcm}", []),
     "lcm-flow": ("flow", "{name: lcm}", []),
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "phased-eps": ("eps", "{name: phased_dmd, phase_steps: 1}", ["train.steps=2", "train.ema=0.9"]),

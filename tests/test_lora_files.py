@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
@@ -12,6 +13,7 @@ from students import noise
 from stepdistill import export
 from stepdistill.export import write_export
 from stepdistill.inference import read_export
+from stepdistill.lora_files import kohya_header
 
 
 def test_the_diffusers_file(made):
@@ -49,6 +51,20 @@ def test_the_kohya_file(made):
     assert header["ss_network_dim"] == "4" and header["ss_network_module"] == "networks.lora"
     assert header["modelspec.usage_hint"].startswith("4 steps, sampler lcm, scheduler simple, cfg 1.0")
     assert "modelspec.architecture" not in header  # the text of this base is 16 wide: no base that is known
+
+
+@pytest.mark.parametrize(
+    ("width", "architecture", "version"),
+    [
+        (768, "stable-diffusion-v1/lora", "sd_v1"),
+        (1024, "stable-diffusion-v2-512/lora", "sd_v2"),
+        (2048, "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+    ],
+)
+def test_the_kohya_header_names_the_base(made, width, architecture, version):
+    _, out = made["lcm-eps"]
+    header = kohya_header(load_file(out / "tiny_kohya.safetensors"), read_export(out), width, "eps")
+    assert (header["modelspec.architecture"], header["ss_base_model_version"]) == (architecture, version)
 
 
 def test_the_kohya_file_gives_the_same_samples(made):

@@ -3,8 +3,10 @@
 from .base import Family
 from .sd import SD
 from .sd3 import SD3
+from .sdxl import SDXL
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": SD,
+    "StableDiffusionXLPipeline": SDXL,
     "StableDiffusion3Pipeline": SD3,
 }

@@ -59,13 +59,17 @@ class Family(ABC):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape of one sample's latents for a picture of that many pixels."""
-        factor = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-        return (self.net.config.in_channels, height // factor, width // factor)
+        return (self.net.config.in_channels, height // self.factor, width // self.factor)
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of one latent."""
+        return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
 
     @property
     def resolution(self) -> int:
         """Side in pixels that the network was made for."""
-        return self.net.config.sample_size * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        return self.net.config.sample_size * self.factor
 
     @abstractmethod
     def feature_block(self, net: nn.Module) -> nn.Module:
