@@ -13,6 +13,7 @@ from .batch import seed_of
 from .errors import UserError
 from .families.base import Family
 from .families.load import load_family
+from .fields import numbers
 from .recipe import Recipe, load_recipe
 from .roles import Roles, build_roles
 from .sampling import Inference
@@ -73,11 +74,17 @@ class Distillation:
 
 
 def assemble(recipe: Recipe) -> Distillation:
-    """Load the pipeline and make the roles that the strategy wants, all equal to the teacher."""
+    """Load the pipeline and make the roles that the strategy wants, all equal to the teacher.
+
+    Raises:
+        UserError: no family is written for the pipeline, or its teacher cannot be guided as the strategy wants.
+    """
     where = distributed.device()
     model, train = recipe.model, recipe.train
-    family = load_family(model.source, getattr(torch, model.dtype), model.revision, model.variant, where)
+    dtype, side = getattr(torch, model.dtype), recipe.data.resolution
+    family = load_family(model.source, dtype, model.revision, model.variant, where, side)
     strategy = recipe.strategy
+    check_guidance(family, strategy)
     averaged = [name for name in trained(strategy) if train.ema is not None]
     roles = build_roles(
         family,
@@ -96,6 +103,17 @@ def assemble(recipe: Recipe) -> Distillation:
     for module in strategy.modules().values():
         module.to(where)
     return Distillation(recipe, family, strategy, roles)
+
+
+def check_guidance(family: Family, strategy: Strategy) -> None:
+    """Raises UserError for a strategy that guides a teacher which cannot be guided."""
+    scale = getattr(strategy, "guidance", 1.0)
+    if family.guidance_distilled and any(number != 1 for number in numbers(scale)):
+        one = "1" if isinstance(scale, float) else "[1, 1]"
+        raise UserError(
+            f"strategy.guidance {scale}: the guidance of a {family.pipeline} is distilled into it, so it has no "
+            f"unconditional prediction to be guided with; set strategy.guidance to {one}"
+        )
 
 
 def trained(strategy: Strategy) -> list[str]:

@@ -115,7 +115,7 @@ def notes(told: Serving) -> str:
     """What somebody who uses it must know."""
     guidance = told.call["guidance_scale"]
     lines = ["Negative prompts have no effect: without classifier-free guidance nothing reads them."]
-    if guidance == 1 or told.lora:
+    if guidance == 1:
         lines.append("Leave `guidance_scale` at 1: guidance is distilled in, and more of it burns the picture.")
     else:
         lines.append(f"The network is told its guidance scale; {guidance:g} is what it was made for.")

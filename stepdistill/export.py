@@ -189,11 +189,12 @@ def check_export(distillation: Distillation, out: Path) -> str:
         ExportMismatch: their distance exceeds TOLERANCE.
     """
     told, worst = read_export(out), 0.0
-    shape = (len(told.prompts), *distillation.family.latent_shape(told.resolution, told.resolution))
+    family = distillation.family
+    shape = (len(told.prompts), *family.latent_shape(told.resolution, told.resolution))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    ours = trainers_latents(distillation, told, noise)
+    ours = family.packed(trainers_latents(distillation, told, noise))
     for form, files in told.files.items():
-        theirs = stock_latents(open_export(out, told, form), told, noise)
+        theirs = stock_latents(open_export(out, told, form), told, family.packed(noise))
         off = distance(theirs, ours, told.dtype)
         if not off <= TOLERANCE[told.dtype]:
             why = "; ".join(differences(distillation, told, out)) or "the files hold what they should"
@@ -237,7 +238,7 @@ def trainers_latents(distillation: Distillation, told: Serving, noise: Tensor) -
 
 
 def stock_latents(pipe: diffusers.DiffusionPipeline, told: Serving, noise: Tensor) -> Tensor:
-    """What a stock pipeline makes of noise [B, ...]."""
+    """What a stock pipeline makes of noise [B, ...], both as it packs them."""
     pipe.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(SEED)

@@ -168,9 +168,9 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
 
 
 def _sampler(distillation: Distillation, steps: int | None) -> Sampler:
-    family = distillation.family
+    family, how = distillation.family, distillation.inference(steps)
     try:
-        return find_sampler(family.schedule, family.kind, family.pipe.scheduler.config, distillation.inference(steps))
+        return find_sampler(family.schedule, family.kind, family.pipe.scheduler.config, how, family.passes_sigmas)
     except ValueError as error:
         raise UserError(f"a stock pipeline cannot sample this student: {error}") from None
 

@@ -40,25 +40,29 @@ class Sampler:
         return getattr(diffusers, self.scheduler).from_config(self.config)
 
 
-def find_sampler(schedule: Schedule, kind: Kind, config: Mapping[str, Any], how: Inference) -> Sampler:
+def find_sampler(
+    schedule: Schedule, kind: Kind, config: Mapping[str, Any], how: Inference, passes_sigmas: bool = False
+) -> Sampler:
     """The stock sampler that takes the same steps as `sampling.sample`.
 
     config: of the teacher's own scheduler, whose noise table (if it has one) the result copies.
+    passes_sigmas: the pipeline hands its scheduler the sigmas 1 - k/n itself, see `Family`.
 
     Raises:
         ValueError: a stock pipeline cannot do what `how` says; the message says why.
     """
     refuse(how)
     flow = isinstance(schedule, RectifiedFlow)
-    proposals = on_flow(schedule, config, how) if flow else on_table(schedule, kind, config, how)
+    proposals = on_flow(schedule, config, how, passes_sigmas) if flow else on_table(schedule, kind, config, how)
     tried = []
     for sampler in proposals:
-        off = deviation(sampler, schedule, kind, how)
+        off = deviation(sampler, schedule, kind, how, passes_sigmas)
         if off <= TOLERANCE:
             full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
             students = tuple(hop.role for hop in how.hops)
             students = students if len(set(students)) > 1 else students[:1]
-            return Sampler(sampler.scheduler, full, sampler.call, students, **elsewhere(schedule, kind, how))
+            words = {} if passes_sigmas else elsewhere(schedule, kind, how)  # FLUX: not known
+            return Sampler(sampler.scheduler, full, sampler.call, students, **words)
         tried.append(f"{sampler.scheduler} is off by {off:.1g}")
     times = ", ".join(f"{hop.time:.4g}" for hop in how.hops)
     raise ValueError(f"no stock scheduler visits the times {times} as this student is sampled ({'; '.join(tried)})")
@@ -104,12 +108,16 @@ def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any]
         yield Sampler("DPMSolverMultistepScheduler", first_order, listed)
 
 
-def on_flow(schedule: RectifiedFlow, config: Mapping[str, Any], how: Inference) -> Iterator[Sampler]:
+def on_flow(
+    schedule: RectifiedFlow, config: Mapping[str, Any], how: Inference, passes_sigmas: bool = False
+) -> Iterator[Sampler]:
     """Proposals for rectified flow: the teacher's trailing grid by config alone, then any grid as `sigmas`."""
     n, size = len(how.hops), config.get("num_train_timesteps", 1000)
     name = "FlowMatchLCMScheduler" if how.renoise else "FlowMatchEulerDiscreteScheduler"
     plain = {"num_train_timesteps": size, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    if n == 1:
+    if passes_sigmas:
+        yield Sampler(name, plain | {"shift": schedule.shift}, {"num_inference_steps": n})
+    elif n == 1:
         yield Sampler(name, plain, {"num_inference_steps": 1})
     else:
         stretched = {"shift": flow_shift(schedule.shift, n, size), "shift_terminal": how.hops[-1].time}
@@ -129,12 +137,14 @@ def flow_shift(shift: float, n: int, size: int) -> float:
     return 2 * b / (half + math.sqrt(half**2 - 4 * a * b / size))
 
 
-def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference) -> float:
+def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference, passes_sigmas: bool = False) -> float:
     """How far the scheduler's steps and timesteps are from ours on arbitrary numbers, relative to their size.
 
     Infinite if it refuses, if it counts other steps, or if it wants other initial noise.
     """
     named = {key: value for key, value in sampler.call.items() if key != "num_inference_steps"}
+    if passes_sigmas and not named:
+        named = {"sigmas": [1 - k / len(how.hops) for k in range(len(how.hops))]}
     try:
         scheduler = sampler.build()
         scheduler.set_timesteps(**(named or sampler.call))

@@ -19,7 +19,7 @@ def made(tmp_path_factory):
     for case, (teacher, strategy, overrides) in CASES.items():
         folder = tmp_path_factory.mktemp(case)
         distillation = student(folder, teacher, *overrides, strategy=strategy)
-        write_export(distillation, folder / "run" / "export", None if case == "lcm-eps" else ("diffusers",))
+        write_export(distillation, folder / "run" / "export", None if case in ("lcm-eps", "lcm-sdxl") else ("diffusers",))
         found[case] = distillation, folder / "run" / "export"
     return found
 

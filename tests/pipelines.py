@@ -146,6 +146,33 @@ def sd3(with_t5=False, dual=(), shift=3.0):
     )
 
 
+def flux(guidance_embeds=True, **scheduler):
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
+    )
+    return finish(
+        diffusers.FluxPipeline(
+            transformer=transformer,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**({"use_dynamic_shifting": True, "shift": 3.0} | scheduler)),
+            vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.12, scaling_factor=0.36),
+            text_encoder=transformers.CLIPTextModel(clip_config()),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=t5(),
+            tokenizer_2=t5_tokenizer(),
+        )
+    )
+
+
 def finish(pipe):
     """Nothing trains, and no weight is zero: modulations and output layers that start at zero would hide mistakes."""
     net = getattr(pipe, "unet", None) or pipe.transformer

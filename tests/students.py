@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pipelines import sd, sd3, sdxl
+from pipelines import flux, sd, sd3, sdxl
 
 from stepdistill.assemble import Distillation, assemble
 from stepdistill.recipe import dump_recipe, load_recipe
@@ -23,6 +23,7 @@ PIPELINES = {
     "eps": lambda: sd("epsilon"),
     "v": lambda: sd("v_prediction"),
     "sdxl": sdxl,
+    "flux": flux,
     "flow": lambda: silent_sd3(3.0),
     "shift1": lambda: sd3(with_t5=True, shift=1.0),
 }
@@ -35,6 +36,7 @@ CASES = {  # of exports: teacher, strategy, overrides
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "phased-eps": ("eps", "{name: phased_dmd, phase_steps: 1}", ["train.steps=2", "train.ema=0.9"]),
     "phased-flow-whole": ("flow", "{name: phased_dmd, phase_steps: 1, renoise: true}", ["train.steps=2", "lora=null"]),
+    "dmd2-flux-renoising": ("flux", "{name: dmd2, guidance: 1, renoise: true}", ["data.resolution=16"]),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
     **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
@@ -77,5 +79,5 @@ def move(distillation: Distillation, seed: int = 0) -> None:
 
 def noise(distillation: Distillation) -> torch.Tensor:
     """Latents of two samples, the same each time."""
-    side = distillation.family.resolution
+    side = distillation.recipe.data.resolution or distillation.family.resolution
     return torch.randn(2, *distillation.family.latent_shape(side, side), generator=torch.Generator().manual_seed(3))

@@ -57,6 +57,18 @@ def test_flow_grids_need_no_arguments(teacher, renoise, n):
     assert scheduler.timesteps.tolist() == pytest.approx([1000 * s for s in SIGMAS[teacher][n]], abs=1e-3)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("renoise", [True, False])
+def test_a_pipeline_that_passes_sigmas_needs_only_the_shift(renoise, n):
+    schedule = read_schedule(TEACHERS["shift3"])
+    how = Inference(trailing(schedule.grid(n)), renoise)
+    sampler = find_sampler(schedule, "flow", TEACHERS["shift3"].config, how, passes_sigmas=True)
+    scheduler = sampler.build()
+    scheduler.set_timesteps(sigmas=[1 - k / n for k in range(n)])  # as FluxPipeline does
+    assert sampler.call == {"num_inference_steps": n} and sampler.comfyui is None
+    assert scheduler.sigmas.tolist() == pytest.approx([*SIGMAS["shift3"][n], 0], abs=1e-6)
+
+
 def test_the_plain_flow_config_is_the_documented_one():
     assert {key: find("flow", 4, False).config[key] for key in ("shift", "shift_terminal")} == {
         "shift": 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -22,14 +23,20 @@ class Family(ABC):
     net_name: ClassVar[str] = "transformer"  # attribute of the pipeline that is distilled; also the LoRA key prefix
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     kohya_prefix: ClassVar[str | None] = None  # of modules in kohya's LoRA files; None: the family has no such file
-    sampler_guidance: ClassVar[float] = 1.0  # pipeline argument that means "no classifier-free guidance"
+    sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
+    guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
+    passes_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler the sigmas 1 - k/n, unless it is told others
 
-    def __init__(self, pipe: Any):
-        """pipe: a loaded pipeline; its network, autoencoder and text encoders are used as they are."""
+    def __init__(self, pipe: Any, side: int | None = None):
+        """
+        pipe: a loaded pipeline; its network, autoencoder and text encoders are used as they are.
+        side: of the pictures in pixels; None: `resolution`. Some schedulers shift their times by it.
+        """
         self.pipe = pipe
         self.net: nn.Module = getattr(pipe, self.net_name)
         self.net.to(memory_format=torch.channels_last)  # the faster order for convolutions
-        self.schedule = read_schedule(pipe.scheduler)
+        tokens = ((side or self.resolution) // (2 * self.factor)) ** 2  # of SD3 and FLUX: 2 x 2 latents each
+        self.schedule = read_schedule(pipe.scheduler, tokens)
         self.kind = read_kind(pipe.scheduler)
 
     @abstractmethod
@@ -42,7 +49,7 @@ class Family(ABC):
 
     def null_prompts(self) -> dict[str, Tensor] | None:
         """The unconditional input, each tensor [1, ...]; None if the teacher's guidance is distilled."""
-        return self.encode_prompts([""])
+        return None if self.guidance_distilled else self.encode_prompts([""])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -70,6 +77,10 @@ class Family(ABC):
     def resolution(self) -> int:
         """Side in pixels that the network was made for."""
         return self.net.config.sample_size * self.factor
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Latents [B, ...] in the shape that the pipeline's own `latents` argument has, their numbers in the same order."""
+        return latents
 
     @abstractmethod
     def feature_block(self, net: nn.Module) -> nn.Module:
@@ -112,9 +123,16 @@ def read_kind(scheduler: Any) -> Kind:
     return kinds[name]
 
 
-def read_schedule(scheduler: Any) -> Schedule:
-    """The noise schedule of a pipeline's scheduler: rectified flow with its shift, or its DDPM table."""
-    if read_kind(scheduler) == "flow":
-        config = scheduler.config
+def read_schedule(scheduler: Any, tokens: int = 0) -> Schedule:
+    """The noise schedule of a pipeline's scheduler: rectified flow with its shift, or its DDPM table.
+
+    tokens: of a picture; a dynamic shift, or its logarithm, is affine in them.
+    """
+    if read_kind(scheduler) != "flow":
+        return VariancePreserving.from_alphas_cumprod(scheduler.alphas_cumprod)
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
         return RectifiedFlow(shift=config.get("shift") or config.get("flow_shift") or 1.0)
-    return VariancePreserving.from_alphas_cumprod(scheduler.alphas_cumprod)
+    share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = config.base_shift + share * (config.max_shift - config.base_shift)
+    return RectifiedFlow(shift=math.exp(mu) if config.time_shift_type == "exponential" else mu)

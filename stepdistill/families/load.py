@@ -53,8 +53,9 @@ def load_family(
     revision: str | None = None,
     variant: str | None = None,
     device: torch.device | str = "cpu",
+    side: int | None = None,
 ) -> Family:
-    """The family of the pipeline at source.
+    """The family of the pipeline at source, for pictures of that side in pixels (None: the network's own).
 
     Raises:
         UserError: no family is written for its class.
@@ -63,4 +64,4 @@ def load_family(
     name = type(pipe).__name__
     if name not in FAMILIES:
         raise UserError(f"{source}: a {name} is not among the pipelines supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name](pipe)
+    return FAMILIES[name](pipe, side)

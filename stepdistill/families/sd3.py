@@ -28,8 +28,8 @@ class SD3(Family):
         *("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"),
     )
 
-    def __init__(self, pipe):
-        super().__init__(pipe)
+    def __init__(self, pipe, side=None):
+        super().__init__(pipe, side)
         self.tokens = T5_TOKENS
         t5 = pipe.text_encoder_3
         silent = t5 is None or not t5.encoder.final_layer_norm.weight.any()

@@ -16,8 +16,8 @@ class SDXL(UNet, Family):
 
     pipeline = "StableDiffusionXLPipeline"
 
-    def __init__(self, pipe: Any):
-        super().__init__(pipe)
+    def __init__(self, pipe: Any, side: int | None = None):
+        super().__init__(pipe, side)
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.float()  # it overflows, and the pipeline does the same
 

@@ -18,7 +18,7 @@ class UNet:
     )
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], **more: Any) -> Tensor:
-        """The raw output [B, C, H, W] of net, which reads cond["text"], its guidance if it embeds one, and what `more` names."""
+        """The raw output [B, C, H, W] of net, which reads cond["text"], cond["guidance"] if it embeds one, and `more`."""
         timestep = t * (len(self.schedule.theta) - 1)
         guidance = None
         if net.config.time_cond_proj_dim is not None and "guidance" in cond:
