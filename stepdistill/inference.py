@@ -128,9 +128,14 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     It needs no weights: called before training, it refuses a student that could not be exported.
 
     Raises:
-        UserError: it cannot be sampled in that many steps, or no stock scheduler can do it.
+        UserError: it cannot be sampled in that many steps, no stock scheduler can do it, or it makes videos.
     """
     recipe, family = distillation.recipe, distillation.family
+    if family.frames is not None:
+        raise UserError(
+            f"{recipe.model.source}: a {family.pipeline} makes videos, and only students that draw pictures can be sampled and "
+            f"exported so far; train it from Python (stepdistill.assemble, stepdistill.trainer)"
+        )
     how = distillation.inference(steps)
     samplers = {}
     for n in sorted({*STEPS, *recipe.eval.steps} - {len(how.hops)}):

@@ -252,7 +252,7 @@ def build_roles(
     for m in base.modules():
         if isinstance(m, BaseTunerLayer):
             m._disable_adapters, m._active_adapter = True, []
-    base.to(memory_format=torch.channels_last)  # as the family has it; PEFT's convolutions are not
+    family.arrange()  # PEFT's convolutions are not
     for role in roles.values():
         for p in role.parameters():
             p.data = p.data.float()  # on a bf16 base PEFT makes bf16 adapters, whose small updates round to nothing

@@ -173,26 +173,56 @@ def flux(guidance_embeds=True, **scheduler):
     )
 
 
+def wan(boundary_ratio=None, expand_timesteps=False, flow_shift=3.0):
+    """Wan 2.1; with a boundary_ratio the two experts of Wan 2.2; with expand_timesteps its smaller, single network."""
+    torch.manual_seed(0)
+
+    def transformer():
+        return diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+
+    return finish(
+        diffusers.WanPipeline(
+            transformer=transformer(),
+            transformer_2=None if boundary_ratio is None else transformer(),
+            scheduler=diffusers.UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+            ),
+            vae=diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+            text_encoder=t5(),
+            tokenizer=t5_tokenizer(),
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
+    )
+
+
 def finish(pipe):
     """Nothing trains, and no weight is zero: modulations and output layers that start at zero would hide mistakes."""
-    net = getattr(pipe, "unet", None) or pipe.transformer
     for module in (m for m in pipe.components.values() if isinstance(m, nn.Module)):
         module.eval().requires_grad_(False)
     with torch.no_grad():
-        for p in net.parameters():
-            if not p.any() or not p.isfinite().all():
-                p.normal_(0, 0.1)
+        for net in (getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")):
+            for p in net.parameters() if net is not None else ():
+                if not p.any() or not p.isfinite().all():
+                    p.normal_(0, 0.1)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def watch(pipe, prompts, **kw):
-    """Runs the pipeline; returns its latents and each step's (network output, timestep, sample)."""
+    """Runs the pipeline; returns its latents (or pictures, or videos) and each step's (network output, timestep, sample)."""
     seen, step = [], pipe.scheduler.step
     pipe.scheduler.step = lambda *args, **kw: seen.append(args[:3]) or step(*args, **kw)
     try:
         kw = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0), **kw}
-        images = pipe(prompts, **kw).images
+        made = pipe(prompts, **kw)[0]
     finally:
         pipe.scheduler.step = step
-    return images, seen
+    return made, seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pipelines import flux, sd, sd3, sdxl
+from pipelines import flux, sd, sd3, sdxl, wan
 
 from stepdistill.assemble import Distillation, assemble
 from stepdistill.recipe import dump_recipe, load_recipe
@@ -24,6 +24,7 @@ PIPELINES = {
     "v": lambda: sd("v_prediction"),
     "sdxl": sdxl,
     "flux": flux,
+    "wan": lambda: wan(boundary_ratio=0.875),
     "flow": lambda: silent_sd3(3.0),
     "shift1": lambda: sd3(with_t5=True, shift=1.0),
 }

@@ -25,6 +25,7 @@ class Family(ABC):
     kohya_prefix: ClassVar[str | None] = None  # of modules in kohya's LoRA files; None: the family has no such file
     sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
     guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
+    frames: int | None = None  # of a video, [B, 3, frames, H, W] in pixels; None: pictures
     passes_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler the sigmas 1 - k/n, unless it is told others
 
     def __init__(self, pipe: Any, side: int | None = None):
@@ -34,10 +35,16 @@ class Family(ABC):
         """
         self.pipe = pipe
         self.net: nn.Module = getattr(pipe, self.net_name)
-        self.net.to(memory_format=torch.channels_last)  # the faster order for convolutions
+        self.arrange()
         tokens = ((side or self.resolution) // (2 * self.factor)) ** 2  # of SD3 and FLUX: 2 x 2 latents each
         self.schedule = read_schedule(pipe.scheduler, tokens)
         self.kind = read_kind(pipe.scheduler)
+
+    def arrange(self) -> None:
+        """Put the weights of 2-D convolutions in the faster order; adapters that come later want it again."""
+        for p in self.net.parameters():
+            if p.ndim == 4:
+                p.data = p.data.to(memory_format=torch.channels_last)
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:

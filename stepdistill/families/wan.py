@@ -1,0 +1,134 @@
+"""Wan 2.1 and 2.2, text to video: WanPipeline, one rectified-flow transformer, or two experts by time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Family
+
+TEXT_TOKENS = 512  # what the pipeline's max_sequence_length defaults to
+
+
+class Wan(Family):
+    """Latents are [B, C, frames, H, W], of which the first is one picture and each other one four.
+
+    Every token hears its sample's time, so that the network of `expand_timesteps` (Wan 2.2 TI2V) needs nothing of its own.
+    """
+
+    pipeline = "WanPipeline"
+    frames = 81  # 5 seconds
+    resolution = 480
+    lora_targets = (*Family.lora_targets, "ffn.net.0.proj", "ffn.net.2", "time_proj", "proj_out")
+
+    def __init__(self, pipe: Any, side: int | None = None):
+        super().__init__(pipe, side)
+        if pipe.config.boundary_ratio is not None:
+            self.net = Experts(pipe.transformer, pipe.transformer_2, 1000 * pipe.config.boundary_ratio)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        text, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS)
+        return {"text": text}
+
+    def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return net(x_t.to(net.dtype), t * 1000, cond["text"].to(net.dtype))[0]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Videos [B, 3, frames, H, W] in [-1, 1] -> latents (the posterior's mean).
+
+        Raises:
+            ValueError: pictures.
+        """
+        if images.ndim != 5:
+            raise ValueError(f"images of shape {list(images.shape)} are no videos [B, 3, frames, H, W], and Wan makes videos")
+        vae = self.pipe.vae
+        mean, std = self.moments()
+        return ((vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean - mean) / std).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> videos [B, 3, frames, H, W]."""
+        mean, std = self.moments()
+        return self.pipe.vae.decode(latents.to(mean) * std + mean, return_dict=False)[0].float()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C, 1, 1, 1] of the autoencoder's latents."""
+        vae = self.pipe.vae
+        both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
+        return both[0, :, None, None, None], both[1, :, None, None, None]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        length = 1 + (self.frames - 1) // self.pipe.vae.config.scale_factor_temporal
+        return (self.net.config.in_channels, length, height // self.factor, width // self.factor)
+
+    @property
+    def factor(self) -> int:
+        return self.pipe.vae.config.scale_factor_spatial
+
+    def feature_block(self, net: nn.Module) -> nn.Module:
+        return net if isinstance(net, Experts) else middle(net)
+
+    def feature_tokens(self, out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        return out[1] if isinstance(out, tuple) else out  # experts return (output, tokens), a block tokens
+
+    def feature_width(self, net: nn.Module) -> int:
+        return net.config.num_attention_heads * net.config.attention_head_dim
+
+
+def middle(net: nn.Module) -> nn.Module:
+    return net.blocks[len(net.blocks) // 2]
+
+
+class Experts(nn.Module):
+    """Two networks that are one: each sample of a batch goes to `transformer` from the boundary up, else to `transformer_2`.
+
+    Whoever shards them must keep the times of all processes on one side, or a process waits for an expert that others skip.
+    """
+
+    def __init__(self, transformer: nn.Module, transformer_2: nn.Module, boundary: float):
+        """boundary: a timestep, in (0, 1000)."""
+        super().__init__()
+        self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
+
+    def forward(self, x_t: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts' outputs, shaped as x_t [B, ...], and the tokens [B, L, C] of their middle blocks."""
+        high = timestep >= self.boundary  # [B]
+        made, order = [], []
+        for expert, rows in ((self.transformer, high.nonzero()[:, 0]), (self.transformer_2, (~high).nonzero()[:, 0])):
+            if len(rows):
+                made.append(with_tokens(expert, x_t[rows], timestep[rows], text[rows]))
+                order.append(rows)
+        back = torch.cat(order).argsort()
+        out, tokens = (torch.cat(parts)[back] for parts in zip(*made, strict=True))
+        return out, tokens
+
+    @property
+    def config(self) -> Any:
+        return self.transformer.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    def enable_gradient_checkpointing(self, run: Callable[..., Any]) -> None:
+        """As of a network of diffusers: run(block, *args) stands for block(*args)."""
+        self.transformer.enable_gradient_checkpointing(run)
+        self.transformer_2.enable_gradient_checkpointing(run)
+
+
+def with_tokens(net: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of net(*args), and of its middle block."""
+    kept: list[Tensor] = []
+    handle = middle(net).register_forward_hook(lambda _module, _args, out: kept.append(out))
+    try:
+        return net(*args)[0], kept[0]
+    finally:
+        handle.remove()

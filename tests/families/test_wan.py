@@ -1,0 +1,211 @@
+"""Wan 2.1, Wan 2.2 with its two experts, and its single network with times for each token, against the stock pipeline."""
+
+import pipelines
+import pytest
+import torch
+from pipelines import PROMPTS, watch
+from students import student
+from torch import nn
+
+from stepdistill.errors import UserError
+from stepdistill.families import FAMILIES, Wan
+from stepdistill.families.wan import Experts
+from stepdistill.inference import serving
+from stepdistill.roles import Denoiser, build_roles, enable_checkpointing
+from stepdistill.schedules import RectifiedFlow
+
+VARIANTS = {"one": {}, "experts": {"boundary_ratio": 0.875}, "token_times": {"expand_timesteps": True}}
+HOW = {"height": 32, "width": 32, "num_frames": 5}
+X = torch.randn(4, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+HIGH, LOW = torch.full([4], 0.95), torch.full([4], 0.5)
+BOTH = torch.tensor([0.3, 0.95, 0.87, 0.875])  # of which the last is the boundary
+
+
+def make(**variant):
+    family = FAMILIES["WanPipeline"](pipelines.wan(**variant))
+    family.frames = 5
+    return family
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def family(request):
+    family = make(**VARIANTS[request.param])
+    assert isinstance(family, Wan) and family.kind == "flow"
+    return family
+
+
+@pytest.fixture(scope="module")
+def four():
+    """A family with two experts, and what it is asked four prompts with."""
+    family = make(**VARIANTS["experts"])
+    return family, family.encode_prompts([*PROMPTS, ""])
+
+
+def sides(family, seen):
+    """Which of the two experts the pipeline asked at each step."""
+    boundary = family.pipe.config.boundary_ratio
+    return {boundary is None or k.item() >= 1000 * boundary for _, k, _ in seen}
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [""]], ids=["three", "unconditional"])
+def test_forward_is_the_pipeline_s_prediction(family, prompts):
+    cond = family.encode_prompts(prompts)
+    _, seen = watch(family.pipe, prompts, guidance_scale=Wan.sampler_guidance, **HOW)
+    for out, k, x in seen:
+        assert x.shape[1:] == family.latent_shape(32, 32)
+        got = family.forward(family.net, x, torch.full([len(x)], k.item() / 1000), cond)
+        assert torch.allclose(got, out, rtol=0, atol=1e-5)
+    assert sides(family, seen) == ({True, False} if isinstance(family.net, Experts) else {True})
+
+
+def test_guided_is_the_pipeline_s_guidance(family):
+    null = {name: x.expand(3, *x.shape[1:]) for name, x in family.null_prompts().items()}
+    _, seen = watch(family.pipe, PROMPTS, guidance_scale=4.0, **HOW)
+    assert len(seen) == 3
+    for out, k, x in seen:
+        t = torch.full([3], k.item() / 1000)
+        p = Denoiser(family, family.net).guided(x, t, family.encode_prompts(PROMPTS), null, 4.0)
+        assert torch.allclose(p.flow, out, rtol=0, atol=2e-5)
+
+
+def test_each_sample_has_its_own_expert(four):
+    family, cond = four
+    experts = [family.pipe.transformer_2, family.pipe.transformer, family.pipe.transformer_2, family.pipe.transformer]
+    together = family.forward(family.net, X, BOTH, cond)
+    for i, expert in enumerate(experts):
+        alone = expert(X[i : i + 1], BOTH[i : i + 1] * 1000, cond["text"][i : i + 1])[0]
+        assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=1e-5)
+    others = family.forward(family.net, X, BOTH.flip(0), cond)
+    assert ((others - together).abs().flatten(1).amax(1) > 1e-3).all()
+
+
+def test_decode_and_encode_are_the_pipeline_s():
+    family = make()
+    latents, _ = watch(family.pipe, PROMPTS[:1], **HOW)
+    pixels, _ = watch(family.pipe, PROMPTS[:1], output_type="pt", **HOW)  # [B, frames, 3, H, W]
+    decoded = family.decode(latents.requires_grad_())
+    assert decoded.shape == (1, 3, 5, 32, 32)
+    assert torch.allclose((decoded / 2 + 0.5).clamp(0, 1).transpose(1, 2), pixels, rtol=0, atol=1e-5)
+    decoded.sum().backward()
+    assert latents.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="are no videos"):
+        family.encode(torch.zeros(1, 3, 32, 32))
+
+
+def test_encode_undoes_decode_in_scale(monkeypatch):
+    """With an autoencoder that does nothing."""
+    family = make()
+    posterior = type("Posterior", (), {})
+
+    def encode(x):
+        posterior.mean = x
+        return type("Out", (), {"latent_dist": posterior})
+
+    monkeypatch.setattr(family.pipe.vae, "encode", encode)
+    monkeypatch.setattr(family.pipe.vae, "decode", lambda z, return_dict: (z,))
+    assert torch.allclose(family.decode(family.encode(X)), X, rtol=0, atol=1e-5)
+    assert (family.encode(X) - X).abs().max() > 0.1
+
+
+def test_shapes_and_schedule():
+    family = Wan(pipelines.wan(flow_shift=5.0))
+    assert family.latent_shape(480, 832) == (16, 21, 60, 104)  # 81 frames, the pipeline's own size
+    assert family.schedule == RectifiedFlow(shift=5.0) and family.resolution == 480
+
+
+@pytest.mark.parametrize("t", [HIGH, LOW, BOTH], ids=["high", "low", "both"])
+def test_features_are_tokens_of_each_sample(four, t):
+    family, cond = four
+    role = Denoiser(family, family.net)
+    p, tokens = role.features(X, t, cond)
+    assert tokens.shape == (4, 8, role.width) == (4, 8, 24)  # 2 x 4 x 4 in patches of 1 x 2 x 2
+    assert torch.equal(p.x0, role(X, t, cond).x0)
+    for i in range(4):
+        _, alone = role.features(X[i : i + 1], t[i : i + 1], {"text": cond["text"][i : i + 1]})
+        assert torch.allclose(tokens[i : i + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_features_of_one_network():
+    family = make()
+    _, tokens = Denoiser(family, family.net).features(X, BOTH, family.encode_prompts([*PROMPTS, ""]))
+    assert tokens.shape == (4, 8, 24)
+
+
+def adapted(checkpointed=False):
+    """A family with two experts, an open student and a fake score that are not the teacher, and four prompts."""
+    family = make(**VARIANTS["experts"])
+    cond = family.encode_prompts([*PROMPTS, ""])
+    before = family.forward(family.net, X, BOTH, cond)
+    roles = build_roles(family, ["student", "fake"], 2)
+    generator = torch.Generator().manual_seed(1)
+    for role in (roles.student, roles.fake):
+        assert torch.equal(role(X, BOTH, cond).flow, roles.teacher(X, BOTH, cond).flow)  # all start as the teacher
+        for name, p in role.named_parameters().items():
+            if "lora_B" in name:
+                p.data.normal_(0, 0.2, generator=generator)
+    assert torch.allclose(roles.teacher(X, BOTH, cond).flow, before, rtol=0, atol=1e-5)  # and it stays what it was
+    for p in roles.student.parameters():
+        p.requires_grad_()
+    if checkpointed:
+        enable_checkpointing(family.net)
+    return roles, cond
+
+
+def test_adapters_lie_on_both_experts():
+    roles, cond = adapted()
+    names = {name.split(".")[0] for name in roles.student.named_parameters()}
+    assert names == {"transformer", "transformer_2"}
+    with torch.no_grad():
+        outs = [roles[who](X, BOTH, cond).flow for who in ("teacher", "student", "fake")]
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        assert ((outs[a] - outs[b]).abs().flatten(1).amax(1) > 1e-3).all()  # for each sample, on either side
+
+
+@pytest.mark.parametrize(
+    ("t", "moved"), [(HIGH, {"transformer"}), (LOW, {"transformer_2"}), (BOTH, {"transformer", "transformer_2"})]
+)
+def test_only_experts_that_were_asked_get_gradients(t, moved):
+    roles, cond = adapted()
+    roles.student(X, t, cond).flow.square().sum().backward()
+    got = {name.split(".")[0] for name, p in roles.student.named_parameters().items() if p.grad is not None and p.grad.any()}
+    assert got == moved
+    assert all(p.grad is None for who in ("teacher", "fake") for p in roles[who].parameters())
+
+
+def test_checkpointing_replays_each_expert_in_its_adapter():
+    """Backward runs after the fake score was asked, as in DMD2; and the features of one may be in the student's graph."""
+    found = []
+    for checkpointed in (False, True):
+        roles, cond = adapted(checkpointed)
+        p = roles.student(X, BOTH, cond)
+        q, tokens = roles.fake.features(p.x0, LOW, cond)
+        with torch.no_grad():
+            roles.teacher(X, HIGH, cond)
+        (q.x0.square().sum() + tokens.square().sum()).backward()
+        found.append([p.grad for p in roles.student.parameters()])
+    assert sum(g.abs().max() > 1e-3 for g in found[0]) > len(found[0]) / 2
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+def test_whole_copies_are_of_both_experts():
+    family = make(**VARIANTS["experts"])
+    roles = build_roles(family, ["student"], None)
+    assert isinstance(roles.student.net, Experts) and roles.student.net is not family.net
+    assert {name.split(".")[0] for name in roles.student.named_parameters()} == {"transformer", "transformer_2"}
+    with pytest.raises(ValueError, match="embed_guidance to null"):
+        build_roles(family, ["student"], None, embed_guidance=True)
+
+
+def test_lora_targets_reach_every_kind_of_layer():
+    """Attention, feed-forward, modulation and the last layer; not what makes embeddings of latents, time and text."""
+    layers = {n for n, m in pipelines.wan().transformer.named_modules() if isinstance(m, nn.Linear | nn.Conv3d)}
+    missed = {n for n in layers if not any(n == t or n.endswith("." + t) for t in Wan.lora_targets)}
+    assert missed == {
+        "patch_embedding",
+        *(f"condition_embedder.{x}_embedder.linear_{i}" for x in ("time", "text") for i in (1, 2)),
+    }
+
+
+def test_what_cannot_be_exported_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="WanPipeline makes videos, and only students that draw pictures"):
+        serving(student(tmp_path, "wan", strategy="{name: dmd2}"))
