@@ -15,7 +15,6 @@ from pathlib import Path
 
 from . import __version__, listing
 from .errors import Diverged, UserError
-from .sources import suggestion
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,7 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("dest", metavar="DEST", type=Path, help="a new file, or a folder")
 
     made = verb("explain", explain, "Explain a strategy and every key that it has.", "stepdistill explain dmd2")
-    made.add_argument("strategy", metavar="STRATEGY", help="a name that `stepdistill ls strategies` lists")
+    made.add_argument("strategy", metavar="STRATEGY", help="of `stepdistill ls strategies`, or package.module:Class")
+    made.add_argument("--trust-remote-code", action="store_true", help="import the package of package.module:Class")
 
     verb("doctor", doctor, "Look at this machine and installation; says what to mend.", "stepdistill doctor")
     return parser
@@ -216,12 +216,9 @@ def cp(args) -> None:
 def explain(args) -> None:
     from .fields import described, fields_of
     from .recipe import shown
-    from .strategies import STRATEGIES
+    from .strategy_names import find_strategy
 
-    if args.strategy not in STRATEGIES:
-        near = suggestion(args.strategy, STRATEGIES) or f"; there are {', '.join(STRATEGIES)}"
-        raise UserError(f"unknown strategy {args.strategy}{near}")
-    kind = STRATEGIES[args.strategy]
+    kind = find_strategy(args.strategy, args.trust_remote_code)
     one = kind()
     print(f"{args.strategy}: {listing.about(kind)}\n")
     needs = ["prompts", *({"x0": "pictures"}.get(name, name) for name in sorted(one.needs))]

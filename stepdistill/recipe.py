@@ -16,7 +16,8 @@ from .fields import Field, convert, described, fields_of, numbers
 from .listing import find_recipe
 from .sections import SECTIONS, Data, Eval, Keys, Lora, Model, Optim, Recipe, Train, check
 from .sources import suggestion
-from .strategies import STRATEGIES, Strategy
+from .strategies import STRATEGIES
+from .strategy_names import find_strategy, strategy_name
 
 __all__ = ["Data", "Eval", "Lora", "Model", "Optim", "Recipe", "RecipeError", "Train", "differences", "dump_recipe"]
 __all__ += ["load_recipe", "shown", "strategy_name"]
@@ -46,7 +47,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), data: b
         draft.override(text)
     whole = "lora" in draft.tree and draft.tree["lora"] is None
     parts = {key: None if key == "lora" and whole else draft.section(kind, key) for key, kind in SECTIONS.items()}
-    parts |= {"strategy": draft.strategy(), "name": draft.name(file.stem)}
+    trusted = draft.trusted()
+    parts |= {"strategy": draft.strategy(trusted), "name": draft.name(file.stem), "trust_remote_code": trusted}
     for key in (key for key in draft.tree if key not in parts):
         draft.unknown((key,), list(parts))
     strategy = parts["strategy"]
@@ -154,20 +156,28 @@ class Draft:
         self.values |= {f"{key}.{name}": value for name, value in values.items()}
         return kind(**values) if len(values) == len(known) else None
 
-    def strategy(self) -> Any:
-        """The strategy; None if it cannot be made. Its problems are noted."""
+    def trusted(self) -> bool:
+        """Whether the recipe may name code of other packages."""
+        given = self.tree.get("trust_remote_code", False)
+        if not isinstance(given, bool):
+            self.blame(("trust_remote_code",), f"{shown(given)} must be true or false")
+        return given is True
+
+    def strategy(self, trusted: bool) -> Any:
+        """The strategy; None if it cannot be made. Its problems are noted. trusted: it may be of another package."""
         given = self.mapping("strategy")
         if given is None:
             return None
         name, others = given.get("name"), {key: value for key, value in given.items() if key != "name"}
         if name is None:
             self.blame(("strategy", "name"), f"is missing; name one of {', '.join(STRATEGIES)}")
-        elif not isinstance(name, str) or name not in STRATEGIES:
-            near = suggestion(str(name), STRATEGIES) or f"; there are {', '.join(STRATEGIES)}"
-            self.blame(("strategy", "name"), f"unknown strategy {shown(name)}{near} (see: stepdistill ls strategies)")
-        else:
-            return self.fill(STRATEGIES[name], others, "strategy", f" (see: stepdistill explain {name})")
-        return None
+            return None
+        try:
+            kind = find_strategy(name if isinstance(name, str) else shown(name), trusted)
+        except UserError as error:
+            self.blame(("strategy", "name"), str(error))
+            return None
+        return self.fill(kind, others, "strategy", f" (see: stepdistill explain {name})")
 
     def name(self, default: str) -> str:
         """The run's name: a safe folder name that stock loaders accept in file names."""
@@ -195,11 +205,6 @@ def _checked(value: Any, spec: Field) -> Any:
 def shown(value: Any) -> str:
     """A value as it would stand in YAML, on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).replace("\n...", "").strip()
-
-
-def strategy_name(strategy: Strategy) -> str:
-    """The name of a strategy instance in STRATEGIES."""
-    return next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:

@@ -49,7 +49,8 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "checkpoint": {"errors"},
     "distributed": {"errors"},
     "sections": {"fields", "sources", "errors"},
-    "recipe": {"errors", "fields", "listing", "sections", "sources", "families", "strategies"},
+    "strategy_names": {"errors", "sources", "strategies"},
+    "recipe": {"errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
     "roles": NUMBERS | {"errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},
     "strategies": MODEL,

@@ -115,8 +115,8 @@ def test_explain_shows_every_key(capsys):
             assert spec.comment, f"{name}.{spec.name} has no comment"
             assert spec.comment in out
     assert "guidance: [6.0, 16.0]" in run(capsys, "explain", "lcm")[1]
-    status, _, err = run(capsys, "explain", "dmd")
-    assert (status, err) == (2, "unknown strategy dmd; did you mean 'dmd2'?\n")
+    status, _, err = run(capsys, "explain", "dmd3")
+    assert (status, err) == (2, "unknown strategy dmd3; did you mean 'dmd2'? (see: stepdistill ls strategies)\n")
 
 
 @pytest.fixture
