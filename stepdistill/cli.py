@@ -6,7 +6,6 @@ Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverge
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shutil
 import sys
@@ -214,22 +213,11 @@ def cp(args) -> None:
 
 
 def explain(args) -> None:
-    from .fields import described, fields_of
-    from .recipe import shown
+    from .explain import explanation
     from .strategy_names import find_strategy
 
     kind = find_strategy(args.strategy, args.trust_remote_code)
-    one = kind()
-    print(f"{args.strategy}: {listing.about(kind)}\n")
-    needs = ["prompts", *({"x0": "pictures"}.get(name, name) for name in sorted(one.needs))]
-    print(f"Needs, with the defaults below: {', '.join(needs)}.")
-    for who, names in one.players(0).items():
-        print(f"Trained: the {who}, which moves {', '.join(names)}.")
-    print(f"\nKeys under strategy: {{name: {args.strategy}, ...}}, with their defaults:")
-    for spec in fields_of(kind).values():
-        default = "required" if spec.default is dataclasses.MISSING else shown(spec.default)
-        rule = f"{described(spec.type)}{f', {spec.range}' if spec.range else ''}"
-        print(f"\n  {spec.name}: {default}\n      {spec.comment}\n      {rule}")
+    print(explanation(args.strategy, kind, max(60, min(96, shutil.get_terminal_size().columns))))
 
 
 def doctor(args) -> int:

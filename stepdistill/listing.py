@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
 import json
-import sys
 from pathlib import Path
 
 from .errors import UserError
@@ -70,9 +68,3 @@ SHELVES = {
     "families": lambda: registry(HERE / "families"),
     "models": models,
 }
-
-
-def about(cls: type) -> str:
-    """What a class says of itself: the docstring of its module (method, paper), then its own."""
-    module = inspect.getdoc(sys.modules[cls.__module__]) or ""
-    return f"{module}\n\n{inspect.getdoc(cls) or ''}".strip()

@@ -43,7 +43,7 @@ class Strategy:
         """Set values once as a stage begins (not when a run resumes inside it)."""
 
     def players(self, stage: int) -> dict[str, tuple[str, ...]]:
-        """Who trains which roles and modules."""
+        """Who trains which roles and modules, by name; asked before setup too."""
         return {"student": ("student",)}
 
     def losses(self, roles: Roles, batch: Batch, draw: Draw) -> Iterator[Loss]:

@@ -19,12 +19,61 @@ from .shared import Head, check_ranges, check_times, discriminate, fit_fake, gen
 
 @dataclass
 class DMD2(Strategy):
-    """The student's own samples are moved to where the teacher finds them likelier than a critic, the fake score, which
-    keeps learning what the student makes. Data-free, unless gan adds a discriminator on real pictures.
+    """The student's own samples are moved to where the teacher finds them likelier than a critic, the fake score, which keeps
+    learning what the student makes. Data-free, unless gan adds a discriminator on real pictures.
 
-    Guidance acts on the teacher alone; the critic is never guided. Decoupled DMD (decoupled: true) takes what guidance adds
-    at times less noisy than the student's own step, and matches at all times: its authors find that guidance is what drives a
+    Guidance acts on the teacher alone; the critic is never guided. Decoupled DMD (decoupled: true) takes what guidance adds at
+    times less noisy than the student's own step, and matches at all times: its authors find that guidance is what drives a
     few-step student, and matching what keeps it in place.
+
+    Objective: least KL(q_t || p_t) over all times t, q being what the student makes and p the guided teacher's.
+
+        x0    = the student's after k of its own steps from noise, k random
+        x_t   = alpha_t x0 + sigma_t eps      t ~ U(t_range)
+        real  = D_null + w (D_cond - D_null)  of the teacher at x_t, w = guidance
+        fake  = D_cond                        of the fake score at x_t
+        g     = (fake - real) / mean|x0 - real|   the mean over each sample
+        L     = 1/2 mean((x0 - sg(x0 - g))^2)     so dL/dx0 = g / entries of x0
+
+    sg stops the gradient: real, fake and the mean get none, and x0 hands it to its last step only. The critic learns by
+    denoising sg(x0): mean((its output - target)^2) in the space fake_loss, at a t ~ U(0.002, 0.998) of its own. On flow, drawn
+    times are shifted as the teacher's sampler shifts them.
+
+        decoupled  real = D_cond(x_t) + (w - 1) (D_cond - D_null)(x_s)
+                   s ~ U(t_range) times the time of the student's step
+        gan > 0    student + gan mean softplus(-l(x_t))
+                   critic + gan_critic mean(softplus(-l(y_t)) + softplus(l(x_t)))
+
+    x_s has noise of its own, and with augment_range s is drawn from that alone. l is the discriminator on a network's features,
+    y a picture, each noised to a t ~ U(0.002, 0.998) of its own.
+
+    When to choose it: try it first, for 1 to 4 steps: its pictures are sharp, and it needs prompts alone. The price is a second
+    learner that must keep up with the student, and fewer kinds of pictures: the reverse KL would rather leave some out than
+    make unlikely ones (f_distill weighs against that, with pictures). A sample and iteration costs 2 forwards with a gradient
+    (student, critic), 3 without (teacher 2, fake score 1), and (steps - 1) / 2 of rollout; where the student does not move,
+    only the rollout and two. decoupled adds 1, gan 3 with a gradient. Each of the steps has to be learnt, so choose few;
+    sampling in a divisor of them works too. decoupled is for guidance well above 1; gan, with pictures, corrects what the
+    teacher itself gets wrong.
+
+    Healthy curves: seen in dmd2_tiny_sd (1,400 iterations) and dmd2_tiny_sd3 (1,000), and, what is sick, in short runs of
+    tiny-sd.
+
+    - student/matching is how far apart the two scores are, in units of the teacher's own error; it does not fall to 0. It
+      starts at what guidance alone adds (0.45 at guidance 3, 0 at 1), rises to 0.8 within 20 to 60 iterations, as the critic
+      learns to know the student, and then sinks slowly, to 0.53 on tiny-sd and 0.68 on tiny-sd3, under noise of a seventh of
+      its value. decoupled goes the same way, lower: 0.38, 0.7, and 0.4 after 45 iterations.
+    - critic/denoising rises in the same iterations (0.15 to 0.3 on tiny-sd, 0.3 to 0.5 on tiny-sd3), and then stays or sinks a
+      little. It is the error of a task that changes with the student, so its level says little.
+    - student/grad_norm goes from 0.1 to 0.2 or 0.3, critic/grad_norm lies between 0.1 and 0.4; about 1 in 100 is above 1.
+    - student/gan and critic/gan, only with gan, are 0.69 (log 2) and 1.39 (2 log 2) where the discriminator knows nothing;
+      critic/real and critic/fake are its mean logits of pictures and of samples. Pictures should lie a little higher. If the
+      two part for good, critic/gan near 0 and student/gan growing, the discriminator has won: lower gan_critic. (Not measured
+      here.)
+    - Sick: a critic that is too slow. With optim.critic_lr a thousandth of the student's, matching stayed at its first value
+      for 45 iterations, without the rise; denoising climbed as ever, and the samples showed nothing yet. Raise optim.critic_lr
+      or student_every.
+    - Sick: a student that is too fast. At twenty times the rate denoising jumped from 0.15 to 0.6 within 10 iterations,
+      matching fell to 0.4 before it rose, and the samples got patterns and glaring colours. Lower optim.student_lr.
     """
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
@@ -65,7 +114,7 @@ class DMD2(Strategy):
         return {"head": self.head} if self.gan else {}
 
     def players(self, stage):
-        return {"student": ("student",), "critic": ("fake", *self.modules())}
+        return {"student": ("student",), "critic": ("fake", "head") if self.gan else ("fake",)}
 
     def losses(self, roles, batch, draw):
         turn = draw.step % self.student_every == 0
