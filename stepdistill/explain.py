@@ -52,9 +52,9 @@ def sections(doc: str) -> dict[str, list[str]]:
     """A docstring's paragraphs by heading, in the order of the docstring."""
     heading, found = WHAT, {WHAT: []}
     for paragraph in re.split(r"\n\s*\n", doc.strip("\n")):
-        if opening := re.match(rf"({'|'.join(HEADINGS)}):\s+(?=\S)", paragraph):
-            heading, at = opening[1], opening.end()
-            paragraph, found[heading] = paragraph[at].upper() + paragraph[at + 1 :], []
+        if opening := re.match(rf"({'|'.join(HEADINGS)}):\s+", paragraph):
+            heading, found[opening[1]] = opening[1], []
+            paragraph = re.sub(r"\A[a-z]+(?=[ ,:\n])", lambda word: word[0].capitalize(), paragraph[opening.end() :])
         found[heading].append(paragraph)
     return found
 

@@ -177,7 +177,8 @@ class Draft:
         except UserError as error:
             self.blame(("strategy", "name"), str(error))
             return None
-        return self.fill(kind, others, "strategy", f" (see: stepdistill explain {name})")
+        trust = " --trust-remote-code" * (":" in name)
+        return self.fill(kind, others, "strategy", f" (see: stepdistill explain {name}{trust})")
 
     def name(self, default: str) -> str:
         """The run's name: a safe folder name that stock loaders accept in file names."""

@@ -57,11 +57,11 @@ def test_every_number_that_is_logged_is_spoken_of(name):
 
 
 def test_paragraphs_belong_to_the_heading_above_them():
-    doc = "It does.\n\nAnd more.\n\nObjective: to\nlearn.\n\n    x = 1\n\nWhen to choose it: never. Objective: none."
+    doc = "It does.\n\nAnd more.\n\nObjective: to\nlearn.\n\n    x = 1\n\nWhen to choose it: x_t is no word. Objective: none."
     assert sections(doc) == {
         "What it does": ["It does.", "And more."],
         "Objective": ["To\nlearn.", "    x = 1"],
-        "When to choose it": ["Never. Objective: none."],
+        "When to choose it": ["x_t is no word. Objective: none."],
     }
 
 

@@ -91,7 +91,7 @@ def test_a_recipe_writes_the_name_back(root, package):
     (root / "again.yaml").write_text(dumped)
     assert load_recipe(root / "again.yaml") == recipe
     said = only(root / "again.yaml", "strategy.solver_step=3")
-    assert "did you mean 'solver_steps'?" in said
+    assert f"did you mean 'solver_steps'? (see: stepdistill explain {NAME} --trust-remote-code)" in said
 
 
 def test_what_is_not_trusted_is_not_imported(root, package, capsys):
