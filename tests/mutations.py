@@ -20,7 +20,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa: F401
 
 REPO = Path(__file__).resolve().parent.parent
-LCM, DMD2, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd2", "vsd", "f_distill"))
+LCM, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd2", "phased_dmd", "vsd", "f_distill"))
 SHARED = "strategies/shared.py"
 ORACLE = {  # whose tests must notice
     "losses": "tests/test_losses.py",
@@ -29,7 +29,7 @@ ORACLE = {  # whose tests must notice
     "sampling": "tests/test_sampling.py",
     "batch": "tests/test_batch.py",
     "roles": "tests/test_roles.py",
-    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd2", "vsd", "f_distill")},
+    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd2", "phased_dmd", "vsd", "f_distill")},
 }
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
@@ -89,6 +89,27 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (DMD2, "(cond.x0 - null.x0)", "(null.x0 - cond.x0)", "dmd2"),
     (DMD2, "else s * time", "else s", "dmd2"),
     (DMD2, "roles.teacher(x_t, t, batch.cond).x0 + self", "fake + self", "dmd2"),
+    ("diffusion.py", "-a_t * s_s**2", "a_t * s_s**2", "phased_dmd"),
+    ("diffusion.py", "mix(x_s, eps, 1 / a_s, -a_t * s_s**2 / (a_s**2 * step))", "x_s", "phased_dmd"),
+    ("diffusion.py", "like(s_t / step, eps) * eps", "eps", "phased_dmd"),
+    ("diffusion.py", "like(s_t / step, eps) * eps", "eps", "diffusion"),
+    ("losses.py", "((x if x0 is None else x0) - real)", "(x - real)", "phased_dmd"),
+    ("losses.py", "like(weight, error) * error", "error", "losses"),
+    (PHASED, "(fake.score - real.score)", "(real.score - fake.score)", "phased_dmd"),
+    (PHASED, "like(roles.transition(t, since)[0], x) *", "", "phased_dmd"),
+    (PHASED, "x.detach()", "x", "phased_dmd"),
+    (PHASED, "draw, self.fake_loss, s, self.clamp)", "draw, self.fake_loss, 0.0, self.clamp)", "phased_dmd"),
+    (PHASED, "self.fake_loss, s, self.clamp", "self.fake_loss, s", "phased_dmd"),
+    (PHASED, "real.x0, fake.x0, x0=x0", "fake.x0, real.x0, x0=x0", "phased_dmd"),
+    (PHASED, "since = torch.full_like(t, s) if s else None", "since = None", "phased_dmd"),
+    (PHASED, "t = times_above(s, roles", "t = times_above(0.0, roles", "phased_dmd"),
+    (PHASED, "range(phase * each, (phase + 1) * each)", "range((phase + 1) * each)", "phased_dmd"),
+    (PHASED, "torch.set_grad_enabled(turn)", "torch.no_grad()", "phased_dmd"),
+    (PHASED, "roles.fake.reset()", "pass", "phased_dmd"),
+    (PHASED, "fake = roles.fake(x_t, t, batch.cond)", "fake = roles.teacher(x_t, t, batch.cond)", "phased_dmd"),
+    (PHASED, "batch.null, self.guidance)", "batch.null, 1.0)", "phased_dmd"),
+    (SHARED, "(clamp * roles.transition(t, s)[1] ** 2)", "(clamp * roles.transition(t, s)[1])", "phased_dmd"),
+    (SHARED, "schedule.warp(least + (1 - least) * draw", "since + (1 - since) * schedule.warp(draw", "phased_dmd"),
     (VSD, "real.sigma**2", "real.sigma", "vsd"),
     (VSD, "(real.eps - fake.eps)", "(fake.eps - real.eps)", "vsd"),
     (VSD, "fake = roles.fake.guided(x_t, t, batch.cond, batch.null, w)", "fake = roles.fake(x_t, t, batch.cond)", "vsd"),

@@ -119,37 +119,42 @@ def teacher() -> Net:
 
 
 def distil(strategy: Strategy, seed: int, steps: int, rate: float) -> Roles:
-    """The roles after so many iterations on batches of 128; the student is the average of its last ones."""
+    """The roles after so many iterations on batches of 128; each student is the average of its last ones."""
     family, generator = Plane(teacher()), torch.Generator().manual_seed(seed)
     own = {name: Denoiser(family, copy.deepcopy(family.net), whole=True) for name in strategy.roles}
     roles = Roles(family, teacher=Denoiser(family, family.net), **own)
-    average = Denoiser(family, copy.deepcopy(family.net), whole=True)
+    students = [name for name in strategy.roles if name.startswith("student")]
+    averages = {name: Denoiser(family, copy.deepcopy(family.net), whole=True) for name in students}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         strategy.setup(roles)
-    strategy.enter(roles, 0)
-    params = {
-        who: [p for name in names for p in (roles[name] if name in roles else strategy.modules()[name]).parameters()]
-        for who, names in strategy.players(0).items()
-    }
-    for p in (p for some in params.values() for p in some):
-        p.requires_grad_()
-    optimizers = {who: torch.optim.Adam(some, rate, betas=(0.5, 0.99)) for who, some in params.items()}
-    for step in range(steps):
-        moved = set()
+    stages = [strategy.stage(step) for step in range(steps)]
+    for step, stage in enumerate(stages):
+        moved, first = set(), stages.index(stage)
+        if step == first:
+            strategy.enter(roles, stage)
+            params = {
+                who: [p for name in names for p in (roles[name] if name in roles else strategy.modules()[name]).parameters()]
+                for who, names in strategy.players(stage).items()
+            }
+            for p in (p for some in params.values() for p in some):
+                p.requires_grad_()
+            optimizers = {who: torch.optim.Adam(some, rate, betas=(0.5, 0.99)) for who, some in params.items()}
         x0 = points(Stream.size, generator) if "x0" in strategy.needs else None
         batch = Batch(noise=torch.randn(Stream.size, 2, generator=generator), cond={}, null={}, x0=x0)
         for who, loss, _ in strategy.losses(roles, batch, Stream(generator, step)):
             loss.backward(inputs=params[who])
             moved.add(who)
         for who in moved:
-            optimizers[who].param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            share = (step - first) / stages.count(stage)
+            optimizers[who].param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * share))
             optimizers[who].step()
             optimizers[who].zero_grad()
         strategy.after_step(roles, moved)
         if "student" in moved:
-            average.follow(roles.student, 0.98)
-    return roles.swap(student=average)
+            (student,) = strategy.players(stage)["student"]
+            averages[student].follow(roles[student], 0.98)
+    return roles.swap(**averages)
 
 
 def samples(roles: Roles, how: Inference, n: int, seed: int) -> Tensor:

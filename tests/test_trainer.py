@@ -21,8 +21,7 @@ STRATEGIES = {
     "vsd": "{name: vsd}",
     "phased_dmd": "{name: phased_dmd, steps: 2, phase_steps: 2, student_every: 1, guidance: 2}",
 }
-# the loop is one: three strategies prove it every time
-EVERY = ["lcm", "dmd2", "phased_dmd", *(pytest.param(name, marks=pytest.mark.long) for name in ("f_distill", "vsd"))]
+EVERY = list(STRATEGIES)
 
 
 def trainer(folder, *overrides, strategy="lcm", teacher="eps") -> Trainer:

@@ -33,7 +33,7 @@ class PhasedDMD(Strategy):
     times: tuple[float, ...] | None = ranged(None, above=0, high=1)  # of the steps, from noise down; null: equal steps
     guidance: float = ranged(4.0, low=1)  # scale of the teacher
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # of the matching's times, as shares of s to 1
-    weight: Literal["dmd", "kl"] = "dmd"  # of a time: DMD's normalized difference; or the KL gradient itself, the paper's
+    weight: Literal["kl", "dmd"] = "kl"  # of a time: the KL gradient itself, as in the paper; or DMD's normalized difference
     student_every: int = ranged(5, low=1)  # critic updates for each of the student
     fake_loss: Literal["eps", "x0", "v", "flow"] = "eps"  # space of the critic's error; the paper's is flow
     clamp: float | None = ranged(None, above=0)  # c in the weight min(1, c sigma^2) of that error, Eq. 13 (10); null: 1

@@ -122,7 +122,7 @@ def test_a_phase_rests_where_its_samples_are_the_teacher_s_marginal(schedule, ki
 @EVERY
 def test_one_phase_is_dmd2(schedule, kind):
     both = []
-    alike = DMD2(steps=1, renoise=False), PhasedDMD(phases=1)
+    alike = DMD2(steps=1, renoise=False), PhasedDMD(phases=1, weight="dmd")
     for strategy, name in zip(alike, ("student", "student_1"), strict=True):
         strategy.steps, strategy.guidance = 1, 1.0
         roles = play(schedule, kind, Gaussian(M, C), **{name: Affine(B, A, 4)}, fake=Gaussian(B, A))
@@ -166,6 +166,32 @@ def test_a_phase_is_simulated_from_the_ones_before(phase, exit_hop, renoise):
     list(strategy.losses(roles, Batch(noise=zeros, cond={}), Script(step=phase, uniform=U, normal=normal, choice=exit_hop)))
     walk = [("student_1", 1.0), ("student_1", 0.75), ("student_2", 0.5), ("student_2", 0.25)][: 2 * phase + exit_hop + 1]
     assert asked == [(*hop, k == len(walk) - 1) for k, hop in enumerate(walk)]
+
+
+@EVERY
+def test_only_the_teacher_is_guided(schedule, kind):
+    """Guidance 4 between N(1, c^2) and N(-0.5, c^2) is a teacher of mean 5.5; the fake sees no null prompt."""
+    losses, asked = [], []
+    for teacher, guidance in ((Gaussian(None, C), 4.0), (Gaussian(-0.5 + 4 * 1.5, C), 1.0)):
+        roles, *_ = two_phases(schedule, kind, teacher)
+        roles.fake.net.register_forward_hook(lambda _net, args, _out: asked.append(len(args[0])))
+        cond, null = ({"mean": torch.full((T, 1), m, dtype=F64)} for m in (1.0, -0.5))
+        batch, draw = Batch(SIGNS[0].expand(T, -1), cond, null), Script(uniform=U, normal=SIGNS[1])
+        _, loss, _ = next(PhasedDMD(**TWO | {"guidance": guidance}).losses(roles, batch, draw))
+        losses.append([loss.item(), *(g.sum().item() for g in gradient(loss, roles.student_1.parameters()))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and asked == [T, T]
+
+
+def test_the_critic_teaches_nobody_else_and_begins_each_phase_as_the_teacher():
+    roles, *_ = two_phases(FLOW, "flow", Gaussian(M, C))
+    roles = play(FLOW, "flow", roles.teacher.net, **{name: roles[name].net for name in ("student_1",)}, fake=Affine(B, A, 4))
+    strategy, batch = PhasedDMD(**TWO), Batch(noise=SIGNS[0].expand(T, -1), cond={})
+    _, (who, loss, _) = strategy.losses(roles, batch, Draw(0, 0, range(T)))
+    assert who == "critic" and gradient(loss, roles.student_1.parameters(), allow_unused=True) == (None, None)
+    teacher = Affine(1.0, 2.0, 4)
+    roles = play(FLOW, "flow", teacher, fake=Affine(B, A, 4))
+    strategy.enter(roles, 1)
+    assert all(torch.equal(p, q) for p, q in zip(roles.fake.parameters(), teacher.parameters(), strict=True))
 
 
 def test_stages():

@@ -7,13 +7,15 @@ import pytest
 from plane import FLOW, MODES, Plane, apart, distil, euler, samples, shares, teacher
 
 from stepdistill.roles import Denoiser, Roles
-from stepdistill.strategies import DMD2, LCM, VSD, FDistill
+from stepdistill.strategies import DMD2, LCM, VSD, FDistill, PhasedDMD
 
-pytestmark = pytest.mark.long
 N = 8192
 CASES = {  # strategy, iterations of 128 samples, learning rate
     "dmd2, 1 step": (DMD2(steps=1, guidance=1.0, student_every=2), 400, 2e-3),
     "dmd2, 2 steps": (DMD2(steps=2, guidance=1.0, student_every=2, renoise=True), 500, 1e-3),
+    # without prompts guidance adds nothing, whatever its times: what is left of it is the matching
+    "dmd2, decoupled": (DMD2(steps=2, decoupled=True, guidance=2.0, student_every=2, renoise=True), 500, 1e-3),
+    "phased_dmd": (PhasedDMD(steps=2, phases=2, phase_steps=400, guidance=1.0, student_every=2), 800, 1e-3),
     "f_distill, js": (FDistill(divergence="js", steps=1, guidance=1.0, student_every=2), 300, 2e-3),
     "f_distill, forward_kl": (FDistill(divergence="forward_kl", steps=1, guidance=1.0, student_every=2), 300, 2e-3),
     "lcm, 2 steps": (LCM(steps=2, guidance=(1.0, 1.0), grid=32, ema=0.95), 400, 1e-3),
