@@ -68,6 +68,17 @@ def test_schedule_has_the_pipeline_s_shift(made):
     assert made[0].schedule == RectifiedFlow(shift=3.0) and made[0].kind == "flow"
 
 
+@pytest.mark.parametrize("side", [16, 32])
+def test_a_dynamic_shift_is_that_of_the_picture_s_size(side):
+    pipe = pipelines.sd3()
+    config = {"use_dynamic_shifting": True, "shift": 3.0}
+    pipe.scheduler = pipelines.diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    _, seen = watch(pipe, PROMPTS[:1], height=side, width=side)
+    times = torch.tensor([k.item() / 1000 for _, k, _ in seen])
+    own = SD3(pipe, side).schedule.warp(torch.linspace(1, 0.001, 3))  # SD3's sampler steps down to 0.001
+    assert torch.allclose(times, own, rtol=0, atol=1e-6)
+
+
 def test_features_are_picture_tokens(made):
     family, _ = made
     role, cond = Denoiser(family, family.net), family.encode_prompts(PROMPTS)
