@@ -1,4 +1,4 @@
-"""Phased distribution matching distillation. Phased DMD, arXiv:2510.27684 (v3)."""
+"""Phased distribution matching distillation. Fan et al. 2025, arXiv:2510.27684 (v3)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,44 @@ from .shared import check_ranges, check_times, fit_fake, generate, own_steps, ti
 
 @dataclass
 class PhasedDMD(Strategy):
-    """The student's steps fall into phases, each with a student of its own: the first takes noise to an intermediate noise
-    level s, the next one on from there. A phase is trained when those before it are done, and matches the teacher's marginals
-    between s and noise alone, so that a student of the noisy half keeps the variety that many steps from noise have.
+    """The steps fall into phases, each with a student of its own: the first takes noise to an intermediate noise level s, the
+    next one goes on from there. Phases are trained one after the other, earlier ones frozen, and a phase matches the teacher
+    above its s alone, so that what is settled early, layout and motion, is not bent by what is seen in clean samples.
 
-    The critic, new in each phase, never sees clean samples: it learns scores above s from samples at s.
+    The students take turns when they are sampled: an export holds a LoRA for each, and says when to change over.
+
+    Objective: least KL(q_t || p_t) over times t above s, q being what phase k makes at s = t_k and p the guided teacher's.
+
+        x_s   = phases 1 to k - 1, then phase k to one of its steps, k's own
+                prediction there moved straight to s       s = 0 in the last
+        x_t   = a x_s + b eps              q(x_t | x_s), t between s and noise
+        real  = D_null + w (D_cond - D_null)  of the teacher at x_t, w = guidance
+        fake  = D_cond                        of the fake score at x_t
+        g     = a (score of fake - score of real)                          kl
+              = (fake - real) / mean|x0 - real|                           dmd
+        L     = 1/2 mean((x_s - sg(x_s - g))^2)
+
+    x0 is the prediction that x_s was moved from; sg stops the gradient, which only the step that was left has. t is uniform
+    before the shift of the schedule, in the shares t_range of what lies above s. In the last phase dmd is DMD2. The critic,
+    begun anew as the teacher in each phase, learns from sg(x_s) alone, with t between s and noise:
+
+        L_fake = mean(min(1, clamp b^2) (its output - target)^2)
+        target = eps  (sigma_t / b) eps
+                 x0   x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 b) eps
+
+    whose expectation given x_t is the score of all such x_t, though no clean sample was seen (Eq. 11, 12); clamp null weighs
+    all alike. Without it the paper's own space, flow, has targets that grow like 1 / (1 - s): eps has not.
+
+    When to choose it: for 4 steps or more of a large model, above all of videos, where few-step students of DMD2 lose variety
+    and motion; or where the teacher is two experts anyway. It needs prompts alone. A sample and iteration costs what DMD2's
+    does, but rollouts get longer, each phase needs iterations of its own, and a critic has to be found anew. One or two steps
+    are DMD2's.
+
+    Healthy curves: seen in phased_dmd_tiny_sd.
+
+    - student/matching is the size of the KL gradient, squared: it jumps when a phase begins, because levels differ by phase.
+    - critic/denoising is the error of its noise prediction above s; it begins high in each phase, and sinks.
+    - Sick: as in DMD2. Watch the grid when a phase ends: its x_s is what all later ones build upon.
     """
 
     steps: int = ranged(4, low=2, high=50)  # evaluations of the students when they are sampled

@@ -194,6 +194,16 @@ def test_the_critic_teaches_nobody_else_and_begins_each_phase_as_the_teacher():
     assert all(torch.equal(p, q) for p, q in zip(roles.fake.parameters(), teacher.parameters(), strict=True))
 
 
+def test_the_critic_s_space_and_clamp_are_the_recipe_s():
+    critic = []
+    for own in ({}, {"clamp": 1e-6}, {"fake_loss": "x0"}):
+        roles, *_ = two_phases(FLOW, "flow", Gaussian(M, C))
+        draw = Script(uniform=U, normal=SIGNS[1])
+        _, (_, loss, _) = PhasedDMD(**TWO, **own).losses(roles, Batch(noise=SIGNS[0].expand(T, -1), cond={}), draw)
+        critic.append(loss.item())
+    assert critic[1] < 1e-4 * critic[0] and critic[2] != pytest.approx(critic[0], rel=0.1)
+
+
 def test_stages():
     strategy = PhasedDMD(steps=6, phases=3, phase_steps=10)
     assert strategy.roles == ("student_1", "student_2", "student_3", "fake") and strategy.stages == 3
