@@ -103,6 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--formats", type=formats, metavar="LIST", help=help)
     made.add_argument("--out", type=Path, metavar="DIR", help="otherwise RUN/export")
 
+    made = verb(
+        "pairs",
+        pairs,
+        "Make the teacher's pairs of noise and picture that a recipe learns from; again: go on where it was stopped.",
+        "stepdistill pairs dmd_tiny_sd",
+        "stepdistill pairs my.yaml pairs.count=4096 --out pairs/mine",
+    )
+    takes_recipe(made)
+    made.add_argument("--out", type=Path, metavar="DIR", help="otherwise the recipe's pairs.folder, or pairs/NAME")
+
     made = verb("validate", validate, "Check a recipe and what it names.", "stepdistill validate my.yaml lora.rank=32")
     takes_recipe(made)
 
@@ -180,6 +190,14 @@ def export(args) -> None:
     from .export import export_run
 
     print(export_run(args.folder, args.formats, args.out))
+
+
+def pairs(args) -> None:
+    from .pairs import make
+    from .recipe import load_recipe
+
+    folder = make(load_recipe(args.recipe, args.overrides, pairs=False), args.out)
+    print(f"{folder} is complete; then: stepdistill train {args.recipe} pairs.folder={folder}")
 
 
 def validate(args) -> None:

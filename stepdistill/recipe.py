@@ -14,13 +14,13 @@ from .errors import UserError
 from .families import FAMILIES
 from .fields import Field, convert, described, fields_of, numbers
 from .listing import find_recipe
-from .sections import SECTIONS, Data, Eval, Keys, Lora, Model, Optim, Recipe, Train, check
+from .sections import SECTIONS, Data, Eval, Keys, Lora, Model, Optim, Pairs, Recipe, Train, check
 from .sources import suggestion
 from .strategies import STRATEGIES
 from .strategy_names import find_strategy, strategy_name
 
-__all__ = ["Data", "Eval", "Lora", "Model", "Optim", "Recipe", "RecipeError", "Train", "differences", "dump_recipe"]
-__all__ += ["load_recipe", "shown", "strategy_name"]
+__all__ = ["Data", "Eval", "Lora", "Model", "Optim", "Pairs", "Recipe", "RecipeError", "Train", "differences"]
+__all__ += ["dump_recipe", "load_recipe", "shown", "strategy_name"]
 LAST = 10**9  # the line by which problems of the command line are sorted
 
 
@@ -32,10 +32,11 @@ class RecipeError(UserError):
         super().__init__("\n".join(self.problems))
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), data: bool = True) -> Recipe:
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), data: bool = True, pairs: bool = True) -> Recipe:
     """The recipe in a file, or the shipped one of that name, with `dotted.key=value` overrides, checked throughout.
 
-    data: whether its prompts and pictures must be there too; sampling a finished run does without them.
+    data: whether its prompts, pictures and pairs must be there too; sampling a finished run does without them.
+    pairs: whether the folder of pairs that it names must be complete; it is not before they are made.
 
     Raises:
         UserError: there is no such recipe.
@@ -52,7 +53,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), data: b
     for key in (key for key in draft.tree if key not in parts):
         draft.unknown((key,), list(parts))
     strategy = parts["strategy"]
-    values = {key: value for key, value in draft.values.items() if data or not key.startswith("data.")}
+    absent = tuple(key for key, there in {"data.": data, "pairs.": data and pairs}.items() if not there)
+    values = {key: value for key, value in draft.values.items() if not key.startswith(absent)}
     for keys, message in check(values, strategy, strategy and strategy_name(strategy), FAMILIES):
         draft.blame(keys, message)
     if draft.problems:

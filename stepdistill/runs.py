@@ -18,6 +18,7 @@ from .evaluate.grid import Samples
 from .evaluate.table import evaluate
 from .export import write_card, write_export
 from .inference import SIDECAR, read_export, recipe_hash, serving
+from .pairs import make_pairs
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
 from .trainer import Trainer
@@ -65,7 +66,7 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     Raises:
         UserError: the folder holds a run of another recipe.
         Diverged: a loss or gradient is not finite; the state before that step is saved.
-        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved.
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved (while pairs are made: the pairs so far).
     """
     run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
     start = find_start(run, recipe, resume, line)
@@ -79,7 +80,10 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     for steps in recipe.eval.steps:  # what cannot be sampled, or not by a stock pipeline, is refused before any work
         distillation.inference(steps)
     serving(distillation)
-    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line.report))
+    pairs = Path(recipe.pairs.folder or run.folder / "pairs")
+    if "pairs" in recipe.strategy.needs and recipe.pairs.folder is None:
+        make_pairs(distillation, pairs, line)
+    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line.report, pairs))
     if start is not None:
         trainer.load(start)
         line.say(f"going on from {start} at step {trainer.at}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .fields import Place, fields_of, ranged
-from .sources import check_images, check_model, check_prompts
+from .sources import check_images, check_model, check_pairs, check_prompts
 
 Keys = tuple[str, ...]  # a dotted key, split
 
@@ -36,6 +36,19 @@ class Data:
     images: Place | None = None  # folder of pictures with a .txt caption beside each, or stepdistill/tiny
     count: int | None = ranged(None, low=1)  # so many drawings of the embedded world; of files, at most so many
     resolution: int | None = ranged(None, low=8, high=8192)  # side in pixels; null: the one the network was made for
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Noise, and where the teacher's ODE takes it. Only strategies that need pairs read this."""
+
+    folder: Place | None = None  # pairs that `stepdistill pairs` made; null: made before training, in the run's folder
+    count: int = ranged(2048, low=1)  # pairs; where prompts are fewer, they come again with other noise
+    steps: int = ranged(25, low=1, high=1000)  # of the teacher's deterministic first-order solver, DDIM or Euler
+    guidance: float | None = ranged(None, low=1)  # scale of the teacher; null: the strategy's own
+    seed: int = ranged(0, low=0, below=2**63)  # of the noise
+    batch: int = ranged(16, low=1)  # pairs made at a time
+    shard: int = ranged(256, low=1)  # pairs a file; an interruption loses no more than the unfinished file
 
 
 @dataclass(frozen=True)
@@ -82,12 +95,13 @@ class Recipe:
     lora: Lora | None  # null: trains full copies of the network
     strategy: Any  # name, one of STRATEGIES or package.module:Class, and the fields of that dataclass
     data: Data
+    pairs: Pairs
     optim: Optim
     train: Train
     eval: Eval
 
 
-SECTIONS = {"model": Model, "lora": Lora, "data": Data, "optim": Optim, "train": Train, "eval": Eval}
+SECTIONS = {"model": Model, "lora": Lora, "data": Data, "pairs": Pairs, "optim": Optim, "train": Train, "eval": Eval}
 
 
 def check(
@@ -117,6 +131,9 @@ def check(
             others = f"or other settings (see: stepdistill explain {strategy_name})"
             remedy = f"give a folder of pictures with captions, or stepdistill/tiny, {others}"
             yield ("data", "images"), f"null, but strategy {strategy_name} learns from pictures; {remedy}"
+        if "pairs" in strategy.needs and values.get("pairs.folder") is not None:
+            model = {key: values.get(f"model.{key}") for key in ("source", "revision", "variant")}
+            yield from ((("pairs", "folder"), message) for message in check_pairs(values["pairs.folder"], model))
     told = values.get("strategy.embed_guidance")
     if told is not None and "lora.rank" in values:
         yield ("strategy", "embed_guidance"), f"{told} adds an input, which a LoRA cannot; set lora: null, or this"

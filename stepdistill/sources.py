@@ -10,14 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 TINY = Path(__file__).parent / "tiny"  # the embedded world: teachers are folders of it
 EMBEDDED = "stepdistill/"
 EMBEDDED_DATA = "stepdistill/tiny"
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
+PAIRS = "pairs.json"  # in a folder of teacher pairs: with what settings they were made, and how many
 PICKLE = (
     "is a pickled weight file, and unpickling runs whatever code it holds; save the model as safetensors "
     "(pipeline.save_pretrained(folder, safe_serialization=True))"
@@ -33,6 +35,11 @@ def is_hub_id(source: str) -> bool:
     """Whether a model source has the form org/name and is neither an embedded name nor an existing path."""
     named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and Path(source).suffix not in {".safetensors", *PICKLED}
     return bool(named) and not source.startswith(EMBEDDED) and not Path(source).exists()
+
+
+def identity(source: str) -> str:
+    """A model source that means the same from every folder: paths become absolute."""
+    return str(Path(source).resolve()) if source not in embedded_models() and Path(source).is_dir() else source
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
@@ -130,6 +137,31 @@ def check_images(source: str) -> Iterator[str]:
             f"{source} has {len(bare)} of {len(pictures)} pictures without a caption: {shown}; "
             f"every picture needs one: write {Path(bare[0]).with_suffix('.txt')}, or move the picture away"
         )
+
+
+def check_pairs(source: str, model: Mapping[str, str | None]) -> Iterator[str]:
+    """What is wrong with a folder of teacher pairs. model: whose they must be, its source, revision and variant."""
+    folder, make = Path(source), "stepdistill pairs RECIPE"
+    if not (folder / PAIRS).is_file():
+        yield f"{source} holds no teacher pairs: it has no {PAIRS} (seen from {Path.cwd()}); make them: {make}"
+        return
+    try:
+        made = json.loads((folder / PAIRS).read_text(encoding="utf-8"))
+        missing = [name for name in shards(made) if not (folder / name).is_file()]
+        theirs = {key: made[key] for key in model}
+    except (ValueError, KeyError, TypeError):
+        yield f"{source}/{PAIRS} cannot be read; make the pairs in another folder: {make} --out DIR"
+        return
+    wanted = {**model, "source": identity(model["source"] or "")}
+    if other := [f"{key} {theirs[key]}, not {wanted[key]}" for key in model if theirs[key] != wanted[key]]:
+        yield f"{source} holds pairs of another teacher ({', '.join(other)}); make this one's: {make} --out DIR"
+    if missing:
+        yield f"{source} lacks {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}; complete it: {make}"
+
+
+def shards(manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the files that hold the pairs of a manifest."""
+    return [f"pairs-{k:05d}.safetensors" for k in range(-(-manifest["count"] // manifest["shard"]))]
 
 
 def has_text(path: Path) -> bool:

@@ -31,7 +31,7 @@ DOORS = {  # third-party package: the rooms that may import it
     "wandb": {"show"},
     "triton": set(),  # kernels/ only
     "open_clip": {"evaluate"},
-    "lpips": {"evaluate"},
+    "lpips": {"perceptual"},
     "torch_fidelity": {"evaluate"},
     "torchmetrics": {"evaluate"},
 }
@@ -53,7 +53,8 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "recipe": {"errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
     "roles": NUMBERS | {"errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},
-    "strategies": MODEL,
+    "perceptual": {"errors"},
+    "strategies": MODEL | {"perceptual"},
     "families": NUMBERS | {"errors", "sources", "fields"},
 }
 NEVER = {  # room: rooms that it must not import

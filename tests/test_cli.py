@@ -18,7 +18,7 @@ from stepdistill.listing import shipped
 from stepdistill.recipe import load_recipe
 from stepdistill.strategies import STRATEGIES
 
-VERBS = ("train", "sample", "eval", "export", "validate", "ls", "cat", "cp", "explain", "doctor")
+VERBS = ("train", "sample", "eval", "export", "pairs", "validate", "ls", "cat", "cp", "explain", "doctor")
 
 
 def run(capsys, *argv):
@@ -112,8 +112,8 @@ def test_explain(capsys, monkeypatch):
             assert "arXiv:" in out
             assert max(map(len, out.splitlines())) <= max(80, min(columns, 96))
     assert "  guidance        [6.0, 16.0]  " in run(capsys, "explain", "lcm")[1]
-    status, _, err = run(capsys, "explain", "dmd3")
-    assert (status, err) == (2, "unknown strategy dmd3; did you mean 'dmd2'? (see: stepdistill ls strategies)\n")
+    status, _, err = run(capsys, "explain", "lmc")
+    assert (status, err) == (2, "unknown strategy lmc; did you mean 'lcm'? (see: stepdistill ls strategies)\n")
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ class Batches:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    noise: Tensor | None = None  # [N, ...] that of each row's pair; None: new noise for every sample
     device: torch.device | str = "cpu"
 
     def __call__(self, step: int, part: int) -> tuple[Batch, range]:
@@ -39,7 +40,10 @@ class Batches:
         def put(x: Tensor) -> Tensor:
             return x.to(self.device, non_blocking=True)
 
-        noise = Draw(seed_of(self.seed, "noise"), step, index, self.device).normal(torch.empty(size, *self.shape))
+        if self.noise is None:
+            noise = Draw(seed_of(self.seed, "noise"), step, index, self.device).normal(torch.empty(size, *self.shape))
+        else:
+            noise = put(self.noise[rows])
         null = self.null and {name: put(x).expand(size, *x.shape[1:]) for name, x in self.null.items()}
         batch = Batch(
             noise=noise,

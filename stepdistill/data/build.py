@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from .. import distributed
+from ..errors import UserError
 from ..families.base import Family
 from ..recipe import Recipe
 from ..sources import EMBEDDED_DATA, PICTURES
 from ..tiny.world import draw, scenes
 from .batches import Batches
+from .pairs import read_pairs
 
 TINY_COUNT, TINY_SEED = 4096, 31  # drawings of the embedded world that students train on, unless data.count says else
 Report = Callable[[str, int, int], None]  # what, done, of how many
@@ -25,12 +27,26 @@ def quiet(what: str, done: int, of: int) -> None:
     """A Report that tells nobody."""
 
 
-def build_batches(recipe: Recipe, family: Family, report: Report = quiet) -> Batches:
-    """Everything encoded, in memory on the CPU. Pictures are read only if the strategy needs x0."""
+def build_batches(recipe: Recipe, family: Family, report: Report = quiet, pairs: Path | None = None) -> Batches:
+    """Everything encoded, in memory on the CPU. Pictures are read only if the strategy needs x0.
+
+    pairs: the folder of teacher pairs, for a strategy that needs them; prompts are then those of the pairs.
+
+    Raises:
+        UserError: pairs are missing, damaged, or of another resolution.
+    """
     data, train = recipe.data, recipe.train
     side = data.resolution or family.resolution
-    x0 = None
-    if "x0" in recipe.strategy.needs:
+    shape = family.latent_shape(side, side)
+    x0 = noise = None
+    if "pairs" in recipe.strategy.needs:
+        prompts, noise, x0 = read_pairs(pairs)
+        if noise.shape[1:] != shape:
+            raise UserError(
+                f"{pairs} holds latents of shape {list(noise.shape[1:])}, but at {side} pixels they are {list(shape)}; "
+                f"set data.resolution as when the pairs were made, or make others: stepdistill pairs RECIPE --out DIR"
+            )
+    elif "x0" in recipe.strategy.needs:
         prompts, pictures = captioned(data.images, data.count, side)
         x0 = encode_pictures(family, pictures, len(prompts), report)
     else:
@@ -40,7 +56,8 @@ def build_batches(recipe: Recipe, family: Family, report: Report = quiet) -> Bat
         null=family.null_prompts(),
         prompts=tuple(prompts),
         x0=x0,
-        shape=family.latent_shape(side, side),
+        shape=shape,
+        noise=noise,
         batch=train.batch,
         parts=train.accumulate,
         seed=train.seed,

@@ -1,6 +1,7 @@
 """The strategies by their YAML names."""
 
 from .base import Strategy
+from .dmd import DMD
 from .dmd2 import DMD2
 from .f_distill import FDistill
 from .lcm import LCM
@@ -8,6 +9,7 @@ from .phased_dmd import PhasedDMD
 from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {
+    "dmd": DMD,
     "dmd2": DMD2,
     "f_distill": FDistill,
     "lcm": LCM,
