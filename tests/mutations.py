@@ -20,7 +20,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa: F401
 
 REPO = Path(__file__).resolve().parent.parent
-LCM, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd2", "phased_dmd", "vsd", "f_distill"))
+LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill"))
 SHARED = "strategies/shared.py"
 ORACLE = {  # whose tests must notice
     "losses": "tests/test_losses.py",
@@ -29,7 +29,7 @@ ORACLE = {  # whose tests must notice
     "sampling": "tests/test_sampling.py",
     "batch": "tests/test_batch.py",
     "roles": "tests/test_roles.py",
-    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd2", "phased_dmd", "vsd", "f_distill")},
+    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill")},
 }
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
@@ -169,6 +169,37 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("roles.py", "other.parameters(), 1 - decay", "other.parameters(), decay", "roles"),
     ("roles.py", "torch.promote_types(raw.dtype, torch.float32)", "raw.dtype", "roles"),
     ("roles.py", "torch.cat([cond[name], null[name]])", "torch.cat([null[name], cond[name]])", "lcm"),
+    (DMD, "distribution_matching(x0, real.x0, fake.x0)", "distribution_matching(x0, fake.x0, real.x0)", "dmd"),
+    (DMD, "distribution_matching(x0, real.x0, fake.x0)", "-distribution_matching(x0, real.x0, fake.x0)", "dmd"),
+    (DMD, "roles.teacher.guided(x_t", "roles.fake.guided(x_t", "dmd"),
+    (DMD, "batch.null, self.guidance)", "batch.null, self.guidance + 1)", "dmd"),
+    (
+        DMD,
+        "fake = roles.fake(x_t, t, batch.cond)",
+        "fake = roles.fake.guided(x_t, t, batch.cond, batch.null, self.guidance)",
+        "dmd",
+    ),
+    (DMD, "with torch.no_grad():\n            real", "with torch.enable_grad():\n            real", "dmd"),
+    (DMD, "t = roles.schedule.warp(draw.uniform(*self.t_range))", "t = draw.uniform(*self.t_range)", "dmd"),
+    (DMD, "t = roles.schedule.warp(draw.uniform(*self.t_range))", "t = roles.schedule.warp(draw.uniform())", "dmd"),
+    (DMD, "batch._replace(noise=draw.normal(batch.noise))", "batch", "dmd"),
+    (DMD, "generate(roles, how, batch, draw, grad=True)[0]", "x0", "dmd"),
+    (DMD, "generate(roles, how, batch, draw, grad=True)[0]", "generate(roles, how, batch, draw, grad=False)[0]", "dmd"),
+    (DMD, "matching + self.regression * regression", "matching + regression", "dmd"),
+    (DMD, "matching + self.regression * regression", "matching - self.regression * regression", "dmd"),
+    (DMD, "pseudo_huber(x0, end, self.huber)", "len(x0) * pseudo_huber(x0, end, self.huber)", "dmd"),
+    (DMD, "pseudo_huber(x0, end, self.huber)", "pseudo_huber(x0, end, 1e-3)", "dmd"),
+    (DMD, "perceptual.lpips(roles.decode(x0), end)", "perceptual.lpips(x0, end)", "dmd"),
+    (DMD, "perceptual.lpips(roles.decode(x0), end)", "perceptual.lpips(roles.decode(x0.detach()), end)", "dmd"),
+    (DMD, "end = roles.decode(end)", "pass", "dmd"),
+    (DMD, "fit_fake(roles, x0.detach()", "fit_fake(roles, x0", "dmd"),
+    (DMD, "fit_fake(roles, x0.detach()", "fit_fake(roles, batch.x0", "dmd"),
+    (DMD, "draw, self.fake_loss)", "draw)", "dmd"),
+    ("losses.py", "(x - grad).detach()", "(x + grad).detach()", "dmd"),
+    ("losses.py", "1 / (x0 - real).abs()", "1 / (x0 - fake).abs()", "dmd"),
+    ("perceptual.py", "(a, b).mean()", "(a, b).sum()", "dmd"),
+    ("perceptual.py", ".requires_grad_(False)", "", "dmd"),
+    ("perceptual.py", ".eval()", "", "dmd"),
 ]
 
 

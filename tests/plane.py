@@ -118,6 +118,14 @@ def teacher() -> Net:
     return net.requires_grad_(False)
 
 
+@functools.cache
+def pairs(n: int = 4096) -> tuple[Tensor, Tensor]:
+    """Noise, and where the teacher's ODE takes it in 100 steps, [n, 2] each."""
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(3))
+    family = Plane(teacher())
+    return noise, sample(Roles(family, teacher=Denoiser(family, family.net)), euler(100), noise, {}, null={})
+
+
 def distil(strategy: Strategy, seed: int, steps: int, rate: float) -> Roles:
     """The roles after so many iterations on batches of 128; each student is the average of its last ones."""
     family, generator = Plane(teacher()), torch.Generator().manual_seed(seed)
@@ -141,7 +149,11 @@ def distil(strategy: Strategy, seed: int, steps: int, rate: float) -> Roles:
                 p.requires_grad_()
             optimizers = {who: torch.optim.Adam(some, rate, betas=(0.5, 0.99)) for who, some in params.items()}
         x0 = points(Stream.size, generator) if "x0" in strategy.needs else None
-        batch = Batch(noise=torch.randn(Stream.size, 2, generator=generator), cond={}, null={}, x0=x0)
+        noise = torch.randn(Stream.size, 2, generator=generator)
+        if "pairs" in strategy.needs:
+            some = torch.randint(len(pairs()[0]), (Stream.size,), generator=generator)
+            noise, x0 = (x[some] for x in pairs())
+        batch = Batch(noise=noise, cond={}, null={}, x0=x0)
         for who, loss, _ in strategy.losses(roles, batch, Stream(generator, step)):
             loss.backward(inputs=params[who])
             moved.add(who)

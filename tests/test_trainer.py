@@ -10,23 +10,31 @@ from students import student
 
 from stepdistill.data import build_batches
 from stepdistill.errors import Diverged
+from stepdistill.pairs import make_pairs
+from stepdistill.show import Line
 from stepdistill.strategies import LCM
 from stepdistill.trainer import Trainer
 
-QUICK = ("data.count=12", "train.batch=4", "train.steps=4", "optim.student_lr=1e-2", "optim.critic_lr=1e-2")
+QUICK = (
+    *("data.count=12", "pairs={count: 12, steps: 2}", "train.batch=4", "train.steps=4"),
+    *("optim.student_lr=1e-2", "optim.critic_lr=1e-2"),
+)
 STRATEGIES = {
     "lcm": "{name: lcm, guidance: [1, 3], ema: 0.9}",
     "dmd2": "{name: dmd2, student_every: 2, guidance: 2}",
     "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
     "vsd": "{name: vsd}",
     "phased_dmd": "{name: phased_dmd, steps: 2, phase_steps: 2, student_every: 1, guidance: 2}",
+    "dmd": "{name: dmd}",
 }
 EVERY = list(STRATEGIES)
 
 
 def trainer(folder, *overrides, strategy="lcm", teacher="eps") -> Trainer:
     distillation = student(folder, teacher, *QUICK, *overrides, strategy=STRATEGIES[strategy])
-    return Trainer(distillation, build_batches(distillation.recipe, distillation.family))
+    if "pairs" in distillation.strategy.needs:
+        make_pairs(distillation, folder / "pairs", Line())
+    return Trainer(distillation, build_batches(distillation.recipe, distillation.family, pairs=folder / "pairs"))
 
 
 def weights(made: Trainer) -> dict[str, torch.Tensor]:

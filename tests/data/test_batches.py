@@ -48,6 +48,14 @@ def test_rows_stay_together_and_null_has_the_batch():
     assert batch.null["text"].tolist() == [[-1.0]] * 4
 
 
+def test_a_pair_s_noise_stays_with_its_picture_and_prompt():
+    noise = torch.arange(10.0)[:, None, None].expand(10, 2, 3)
+    for step in range(4):  # more than an epoch
+        batch, _ = batches(noise=noise)(step, 0)
+        assert batch.noise.shape == (4, 2, 3)
+        assert batch.noise[:, 0, 0].tolist() == batch.x0.flatten().tolist() == [float(prompt) for prompt in batch.prompts]
+
+
 def test_without_pictures_and_without_null():
     batch, _ = batches(x0=None, null=None)(0, 0)
     assert batch.x0 is None and batch.null is None

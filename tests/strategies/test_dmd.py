@@ -85,14 +85,15 @@ def test_pairs_of_the_exact_ode_and_the_teacher_s_samples_are_the_fixed_point(sc
 
 @EVERY
 def test_only_the_teacher_is_guided(schedule, kind):
-    """Guidance 4 between N(1, c^2) and N(-0.5, c^2) moves the target's mean to 5.5; the fake sees no null prompt."""
+    """Guidance 4 between N(1, c^2) and N(-0.5, c^2) moves the target's mean to 5.5; the fake sees no null prompt. Neither
+    keeps a graph."""
     seen, mean = [], -0.5 + 4 * 1.5
     fake = Gaussian(B, A)
-    fake.register_forward_hook(lambda _net, args, _out: seen.append((len(args[0]), args[3])))
+    fake.register_forward_hook(lambda _net, args, _out: seen.append((len(args[0]), args[3], torch.is_grad_enabled())))
     cond, null = ({"mean": torch.full((T, 1), m, dtype=F64)} for m in (1.0, -0.5))
     roles = world(schedule, kind, Gaussian(None, C), fake=fake)
     _, logs = run(DMD(guidance=4.0), roles, *SIGNS, cond=cond, null=null)
-    assert seen == [(T, cond)]
+    assert seen == [(T, cond, False)]
     assert moved(logs["matching"], roles) == pytest.approx(closed(roles, Gaussian(mean, C), schedule, mean), rel=1e-9)
 
 

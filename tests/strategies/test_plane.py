@@ -7,10 +7,11 @@ import pytest
 from plane import FLOW, MODES, Plane, apart, distil, euler, samples, shares, teacher
 
 from stepdistill.roles import Denoiser, Roles
-from stepdistill.strategies import DMD2, LCM, VSD, FDistill, PhasedDMD
+from stepdistill.strategies import DMD, DMD2, LCM, VSD, FDistill, PhasedDMD
 
 N = 8192
 CASES = {  # strategy, iterations of 128 samples, learning rate
+    "dmd": (DMD(guidance=1.0), 400, 2e-3),
     "dmd2, 1 step": (DMD2(steps=1, guidance=1.0, student_every=2), 400, 2e-3),
     "dmd2, 2 steps": (DMD2(steps=2, guidance=1.0, student_every=2, renoise=True), 500, 1e-3),
     # without prompts guidance adds nothing, whatever its times: what is left of it is the matching
