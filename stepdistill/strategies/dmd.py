@@ -62,7 +62,7 @@ class DMD(Strategy):
 
     guidance: float = ranged(3.0, low=1)  # scale of the teacher, also in its pairs
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
-    regression: float = ranged(0.25, above=0)  # weight of the pairs' distance; the paper's for LPIPS, which is not confirmed
+    regression: float = ranged(0.25, above=0)  # weight of the pairs' distance (reported for LPIPS, not confirmed)
     distance: Literal["huber", "lpips"] = "huber"  # of a pair: pseudo-Huber in latents, or LPIPS of decoded pictures
     huber: float = ranged(1e-3, above=0)  # constant c of the pseudo-Huber distance
     fake_loss: Literal["eps", "x0", "v", "flow"] | None = None  # space of the critic's error; null: the network's own
@@ -80,14 +80,14 @@ class DMD(Strategy):
 
     def losses(self, roles, batch, draw):
         how = self.inference(roles.schedule)
-        x0, _ = generate(roles, how, batch._replace(noise=draw.normal(batch.noise)), draw, grad=True)
+        x0 = generate(roles, how, batch._replace(noise=draw.normal(batch.noise)), draw, grad=True)[0].x0
         t = roles.schedule.warp(draw.uniform(*self.t_range))
         x_t = roles.noise(x0, t, draw.normal(x0))
         with torch.no_grad():
             real = roles.teacher.guided(x_t, t, batch.cond, batch.null, self.guidance)
             fake = roles.fake(x_t, t, batch.cond)
         matching = distribution_matching(x0, real.x0, fake.x0)
-        regression = self.apart(roles, generate(roles, how, batch, draw, grad=True)[0], batch.x0)
+        regression = self.apart(roles, generate(roles, how, batch, draw, grad=True)[0].x0, batch.x0)
         loss = matching + self.regression * regression
         yield "student", loss, {"matching": matching, "regression": regression}
 
