@@ -68,12 +68,15 @@ def laid_out(paragraph: str, width: int) -> str:
 
 
 def roles(one: Strategy) -> Iterator[tuple[str, str]]:
-    """Each role and module, and what it is and who trains it."""
-    players = one.players(0)
-    for name in dict.fromkeys(["teacher", *one.roles, *(name for names in players.values() for name in names)]):
+    """Each role and module, and what it is and who trains it, in which stages."""
+    stages = [one.players(stage) for stage in range(one.stages)]
+    trained = [name for players in stages for names in players.values() for name in names]
+    for name in dict.fromkeys(["teacher", *one.roles, *trained]):
         yield name, ROLES.get(name) or ROLES.get(name.split("_")[0], "of this strategy alone; see above")
-        for who in (who for who, names in players.items() if name in names):
-            yield "", f"(player {who}: optim.{'student' if who == 'student' else 'critic'}_lr)"
+        for who in dict.fromkeys(who for players in stages for who, names in players.items() if name in names):
+            when = [str(k + 1) for k, players in enumerate(stages) if name in players[who]]
+            only = f" in stage {', '.join(when)}" if len(when) < len(stages) else ""
+            yield "", f"(player {who}{only}: optim.{'student' if who == 'student' else 'critic'}_lr)"
 
 
 def data(one: Strategy) -> Iterator[tuple[str, str]]:
