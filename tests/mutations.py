@@ -196,7 +196,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (DMD, "fit_fake(roles, x0.detach()", "fit_fake(roles, batch.x0", "dmd"),
     (DMD, "draw, self.fake_loss)", "draw)", "dmd"),
     ("losses.py", "(x - grad).detach()", "(x + grad).detach()", "dmd"),
-    ("losses.py", "1 / (x0 - real).abs()", "1 / (x0 - fake).abs()", "dmd"),
+    ("losses.py", "1 / ((x if x0 is None else x0) - real).abs()", "1 / (x - fake).abs()", "dmd"),
     ("perceptual.py", "(a, b).mean()", "(a, b).sum()", "dmd"),
     ("perceptual.py", ".requires_grad_(False)", "", "dmd"),
     ("perceptual.py", ".eval()", "", "dmd"),

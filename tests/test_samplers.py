@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from worlds import SD_SCHEDULER
+from worlds import SD_SCHEDULER, VP
 
 from stepdistill.families.base import read_kind, read_schedule
 from stepdistill.samplers import TOLERANCE, Sampler, deviation, find_sampler
@@ -131,11 +131,22 @@ def test_clipping_is_found_out():
         assert (deviation(sampler, schedule, "eps", how) > TOLERANCE) == off
 
 
+def test_students_that_take_turns():
+    """The scheduler walks on as for one; ComfyUI is told which steps belong to whom, and A1111 cannot do it."""
+    last = len(VP.theta) - 1
+    hops = tuple(Hop(k / last, f"student_{1 + (k < 500)}") for k in (999, 749, 499, 249))
+    found = find_sampler(VP, "eps", SD_SCHEDULER, Inference(hops, renoise=False))
+    assert found.students == ("student_1", "student_1", "student_2", "student_2") and found.a1111 is None
+    assert found.comfyui["student_1"] == "steps 0 to 2" and found.comfyui["student_2"] == "steps 2 to 4"
+    alone = find_sampler(VP, "eps", SD_SCHEDULER, Inference(tuple(map(Hop, [hop.time for hop in hops])), renoise=False))
+    assert alone.students == ("student",) and alone.config == found.config and alone.call == found.call
+
+
 @pytest.mark.parametrize(
     ("how", "told"),
     [
         ({"hops": (Hop(1.0), Hop(0.75))}, "time 0.75 is timestep 749.25.*write 0.74975, which is 749"),
-        ({"hops": (Hop(1.0, "student_1"), Hop(0.5, "student_2"))}, "asks student_1, student_2"),
+        ({"hops": (Hop(1.0, "teacher"), Hop(0.5, "student"))}, "asks teacher"),
         ({"hops": (Hop(1.0, scale=3.0),)}, "guides"),
         ({"hops": (Hop(1.0), Hop(499 / 999)), "told": 1.0}, "hears time 1.0 at every step"),
     ],
