@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 _HOMES = {  # imported when first used, so that `import stepdistill` takes no time
     "FAMILIES": "families",
     "STRATEGIES": "strategies",
-    "load_pipeline": "inference",
+    "load_pipeline": "serve",
     "load_recipe": "recipe",
     "train": "runs",
 }

@@ -175,7 +175,7 @@ def _plan(recipe) -> str:
 
 
 def sample(args) -> None:
-    from .inference import sample_run
+    from .serve import sample_run
 
     print(sample_run(args.folder, args.prompt, args.steps, args.seed, args.out))
 

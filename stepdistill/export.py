@@ -28,9 +28,10 @@ from .card import card, newest_grid
 from .checkpoint import sync
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
-from .inference import SIDECAR, Serving, open_export, read_export, serving
+from .inference import SIDECAR, Serving, read_export, serving
 from .lora_files import NAME, kohya_header, kohya_state, peft_state
 from .sampling import sample
+from .serve import open_export
 
 FORMATS = ("diffusers", "kohya", "fused")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # by the base's dtype; of what, `distance` says

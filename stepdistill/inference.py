@@ -1,18 +1,14 @@
 """How a student must be sampled with its stock pipeline: one object, `Serving`, behind export, card, check, `sample`.
 
-It is what `stepdistill.json`, the sidecar of an export, holds; so an export can be opened and sampled from its folder.
+It is what `stepdistill.json`, the sidecar of an export, holds; so `serve` can open an export and sample it from its folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import inspect
 import json
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 
-from . import __version__, distributed
+from . import __version__
 from .assemble import Distillation
 from .data.build import read_prompts
 from .errors import UserError
-from .families.load import load_pipeline_folder, quiet
 from .recipe import Recipe, dump_recipe, strategy_name
 from .samplers import Sampler, find_sampler
 from .sources import embedded_models
@@ -206,98 +200,3 @@ def find_export(folder: Path) -> Path:
 def read_export(folder: Path) -> Serving:
     """The sidecar of an export folder."""
     return Serving.from_json((folder / SIDECAR).read_text(encoding="utf-8"))
-
-
-def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPipeline:
-    """A fresh stock pipeline with one of the export's formats (a key of `told.files`) on it, and the scheduler set.
-
-    Where several students take turns, its network changes over by itself (see `take_turns`).
-    """
-    files, written, dtype = told.files[form], read_export(folder).steps, getattr(torch, told.dtype)
-    with quiet():
-        if form in WHOLE:
-            pipe = load_pipeline_folder(str(folder / files[0]), dtype)
-            net = getattr(pipe, told.network)
-            nets = [net, *(type(net).from_pretrained(folder / file, torch_dtype=dtype) for file in files[1:])]
-            calls = [network.to(distributed.device()).forward for network in nets]
-        else:
-            pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant)
-            for student, file in zip(told.students, files, strict=True):
-                pipe.load_lora_weights(folder, weight_name=file, adapter_name=student if len(files) > 1 else None)
-            net = getattr(pipe, told.network)
-            calls = [wearing(pipe, student, net.forward) for student in told.students]
-        if len(files) > 1:
-            take_turns(net, [calls[told.students.index(student)] for student in told.sampler.students])
-        kind = getattr(diffusers, told.sampler.scheduler)
-        pipe.scheduler = kind.from_pretrained(folder / "scheduler") if told.steps == written else told.build_scheduler()
-    return pipe.to(distributed.device())
-
-
-def wearing(pipe: diffusers.DiffusionPipeline, adapter: str, forward: Callable) -> Callable:
-    """forward, with that LoRA of a pipeline on."""
-
-    def call(*args, **kwargs):
-        if pipe.get_active_adapters() != [adapter]:
-            pipe.set_adapters(adapter)
-        return forward(*args, **kwargs)
-
-    return call
-
-
-def take_turns(net: torch.nn.Module, calls: Sequence[Callable]) -> None:
-    """Let the k-th step of sampling call calls[k] for net: a step is over when the time falls, a picture when it rises."""
-    signature, at, last = inspect.signature(net.forward), 0, math.inf
-
-    @functools.wraps(net.forward)
-    def forward(*args, **kwargs):
-        nonlocal at, last
-        t = float(torch.as_tensor(signature.bind(*args, **kwargs).arguments["timestep"]).flatten()[0])
-        at, last = (at if t == last else at + 1 if t < last < math.inf else 0), t
-        if at == len(calls):
-            raise ValueError(
-                f"this pipeline was loaded for {at} steps; load it for another number: load_pipeline(..., steps=N)"
-            )
-        return calls[at](*args, **kwargs)
-
-    net.forward = forward
-
-
-def load_pipeline(run_folder: Path | str, steps: int | None = None) -> diffusers.DiffusionPipeline:
-    """The stock pipeline of a run's student: LoRA loaded (or the whole trained copy), scheduler set for `steps`.
-
-    Args:
-        run_folder: a run folder, or an export folder.
-        steps: evaluations; None: the student's own number. What pipe(...) then needs is `read_export(...).arguments`.
-
-    Raises:
-        UserError: nothing is exported there, or the student does not work in that many steps.
-    """
-    folder = find_export(Path(run_folder))
-    told = read_export(folder).at(steps)
-    return open_export(folder, told, next(iter(told.files)))
-
-
-def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, out: Path | None = None) -> Path:
-    """Draw one picture, a PNG, with the stock pipeline of a run or export folder; returns its path.
-
-    out: None: a name made of prompt, steps and seed, in the folder where the command runs.
-
-    Raises:
-        UserError: an empty prompt, a seed or number of steps that does not exist, or an `out` that cannot be written.
-    """
-    if not prompt.strip():
-        raise UserError("--prompt is empty; say what to draw")
-    if not -(2**63) <= seed < 2**64:
-        raise UserError(f"--seed {seed} is not a 64-bit number")
-    told = read_export(find_export(run)).at(steps)
-    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
-    out = out or Path(f"{words}_{told.steps}steps_seed{seed}.png")
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out} must end in .png")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
-    pipe = load_pipeline(run, steps)
-    with torch.random.fork_rng():  # one seed for the pipeline's generator and for schedulers that take no generator
-        image = pipe(prompt, generator=torch.manual_seed(seed), **told.arguments).images[0]
-    image.save(out)
-    return out

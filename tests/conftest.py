@@ -24,6 +24,23 @@ def made(tmp_path_factory):
     return found
 
 
+def exported(folder, teacher, strategy):
+    """A distillation, and its run folder with the LoRA exported."""
+    distillation = student(folder, teacher, strategy=strategy)
+    write_export(distillation, folder / "run" / "export", ("diffusers",))
+    return distillation, folder / "run"
+
+
+@pytest.fixture(scope="session")
+def exported_eps(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("eps"), "eps", "{name: lcm}")
+
+
+@pytest.fixture(scope="session")
+def exported_flow(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("flow"), "flow", "{name: dmd2, renoise: true}")
+
+
 @pytest.fixture
 def copied(made, tmp_path):
     distillation, out = made["lcm-eps"]

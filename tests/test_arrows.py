@@ -25,7 +25,7 @@ DOORS = {  # third-party package: the rooms that may import it
     "yaml": {"recipe"},
     "peft": {"roles"},
     "accelerate": {"distributed"},
-    "diffusers": {"families", "samplers", "evaluate", "export", "inference", *MAKERS},
+    "diffusers": {"families", "samplers", "evaluate", "export", "inference", "serve", *MAKERS},
     "transformers": {"families", "evaluate", *MAKERS},
     "tensorboard": {"show"},
     "wandb": {"show"},
@@ -35,7 +35,7 @@ DOORS = {  # third-party package: the rooms that may import it
     "torch_fidelity": {"evaluate"},
     "torchmetrics": {"evaluate"},
 }
-PIPELINES = {"families", "export", "inference", *MAKERS}  # rooms that may import a pipeline class from diffusers
+PIPELINES = {"families", "export", "serve", *MAKERS}  # rooms that may import a pipeline class from diffusers
 
 NUMBERS = {"schedules", "diffusion", "losses", "batch", "attention"}  # pure maths
 MODEL = NUMBERS | {"roles", "sampling", "distributed", "fields", "errors"}
@@ -63,6 +63,7 @@ NEVER = {  # room: rooms that it must not import
     "evaluate": {"trainer", "cli", "runs"},
     "export": {"trainer", "cli", "runs"},
     "inference": {"trainer", "evaluate", "cli", "runs"},
+    "serve": {"trainer", "evaluate", "export", "cli", "runs"},
 }
 
 

@@ -184,7 +184,7 @@ def test_overrides_may_stand_anywhere(monkeypatch):
     ("argv", "home", "given"),
     [
         (["train", "quickstart", "--resume", "never"], "runs.train", (load_recipe, None, "never")),
-        (["sample", "a", "--prompt", "p", "--seed", "3"], "inference.sample_run", (Path("a"), "p", None, 3, None)),
+        (["sample", "a", "--prompt", "p", "--seed", "3"], "serve.sample_run", (Path("a"), "p", None, 3, None)),
         (["eval", "a"], "evaluate.table.evaluate_run", (Path("a"),)),
         (["export", "a", "--formats", "kohya,fused"], "export.export_run", (Path("a"), ("kohya", "fused"), None)),
     ],
