@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,18 @@ class Distillation:
         """The roles as they are sampled: averages stand in for what they average."""
         averaged = {name.removesuffix(AVERAGE): role for name, role in self.roles.items() if name.endswith(AVERAGE)}
         return self.roles.swap(**averaged)
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of steps in which the student is shown and measured, falling."""
+        asked = self.recipe.eval.steps
+        if asked is None:
+            schedule = self.roles.schedule
+            asked = {len(self.strategy.inference(schedule).hops)}
+            for steps in (4, 2, 1):
+                with suppress(ValueError):
+                    asked.add(len(self.strategy.inference(schedule, steps).hops))
+        return sorted(set(asked), reverse=True)
 
     def inference(self, steps: int | None = None) -> Inference:
         """How the student is sampled in that many steps (None: the strategy's own).

@@ -132,7 +132,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         )
     how = distillation.inference(steps)
     samplers = {}
-    for n in sorted({*STEPS, *recipe.eval.steps} - {len(how.hops)}):
+    for n in sorted({*STEPS, *distillation.counts} - {len(how.hops)}):
         with _skipping():
             samplers[n] = _sampler(distillation, n)
     samplers[len(how.hops)] = _sampler(distillation, steps)

@@ -77,9 +77,7 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
 
     distillation = assemble(recipe)
-    for steps in recipe.eval.steps:  # what cannot be sampled, or not by a stock pipeline, is refused before any work
-        distillation.inference(steps)
-    serving(distillation)
+    serving(distillation)  # what no stock pipeline can sample is refused before any work
     pairs = Path(recipe.pairs.folder or run.folder / "pairs")
     if "pairs" in recipe.strategy.needs and recipe.pairs.folder is None:
         make_pairs(distillation, pairs, line)

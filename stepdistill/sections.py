@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .fields import Place, fields_of, ranged
+from .schedules import RectifiedFlow
 from .sources import check_images, check_model, check_pairs, check_prompts
 
 Keys = tuple[str, ...]  # a dotted key, split
@@ -81,7 +82,8 @@ class Train:
 class Eval:
     every: int = ranged(100, low=0)  # iterations between sample grids; 0: never
     n: int = ranged(2048, low=0)  # pictures behind each figure of the final table; 0: no table
-    steps: tuple[int, ...] = ranged((4, 2, 1), low=1, high=1000)  # student's numbers of steps in grids and table
+    # student's numbers of steps in grids and table; null: its own, and those of 4, 2 and 1 that it can take
+    steps: tuple[int, ...] | None = ranged(None, low=1, high=1000)
     prompts: list[str] | None = None  # of the sample grids; null: the first ones of data.prompts
     seed: int = ranged(0, low=0, below=2**63)  # of the noise in grids and table
     batch: int = ranged(64, low=1)  # pictures sampled at a time
@@ -143,6 +145,11 @@ def check(
     if batch % parts:
         yield ("train", "accumulate"), f"{parts} must divide train.batch, which is {batch}"
     if values.get("eval.steps") == ():
-        yield ("eval", "steps"), "[] must name at least one number of steps, as in [4, 2, 1]"
+        yield ("eval", "steps"), "[] must name at least one number of steps, as in [4, 2, 1]; write null for the student's own"
+    for steps in (values.get("eval.steps") or ()) if strategy else ():
+        try:
+            strategy.inference(RectifiedFlow(), steps)
+        except ValueError as error:
+            yield ("eval", "steps"), f"{steps} cannot be: {error}"
     if values.get("eval.prompts") == []:
         yield ("eval", "prompts"), "[] must name at least one prompt; write null for the first ones of data.prompts"

@@ -48,7 +48,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "doctor": {"sources"},
     "checkpoint": {"errors"},
     "distributed": {"errors"},
-    "sections": {"fields", "sources", "errors"},
+    "sections": {"fields", "schedules", "sources", "errors"},
     "strategy_names": {"errors", "sources", "strategies"},
     "recipe": {"errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
     "roles": NUMBERS | {"errors"},  # and families.base, for types only

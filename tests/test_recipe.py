@@ -33,6 +33,17 @@ def test_yaml_no_is_the_precision_no(root):
     assert load_recipe(write(root, dump_recipe(recipe))) == recipe
 
 
+def test_steps_that_the_student_cannot_take(root):
+    told = problems(write(root), "strategy={name: dmd2, steps: 2}", "eval.steps=[2, 3, 1]")
+    assert len(told) == 1 and "eval.steps: 3 cannot be: a DMD2 student of 2 steps cannot take 3" in told[0]
+
+
+def test_a_training_that_ends_before_its_last_stage(root):
+    told = problems(write(root), "strategy={name: phased_dmd, phase_steps: 300}", "train.steps=300")
+    assert len(told) == 1 and "train.steps: 300 end in stage 1 of 2 of phased_dmd" in told[0]
+    assert load_recipe(write(root), ["strategy={name: phased_dmd, phase_steps: 300}", "train.steps=301"])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line", "said"),
     [

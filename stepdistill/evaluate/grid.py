@@ -32,12 +32,12 @@ class Samples:
     def __call__(self, step: int) -> Path:
         """One grid: the teacher at 25 steps, then at each number of steps the teacher above the student."""
         distillation, rows = self.distillation, []
-        for n in (25, *distillation.recipe.eval.steps):
+        for n in (25, *distillation.counts):
             if n not in self.teacher:
                 self.teacher[n] = self.pictures(self.teacher_walk(n))
             calls = n * (1 if self.scale == 1 else 2)
             rows.append((f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations", self.teacher[n]))
-            if n in distillation.recipe.eval.steps:
+            if n in distillation.counts:
                 made = self.pictures(student_walk(distillation, distillation.inference(n)))
                 rows.append((f"student\n{plural(n)}\nat iteration {step}", made))
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
     if rows is None:
         line.say("the teacher's figures do not ship for this model: measuring them (25 steps take the most)")
         rows = list(teacher_rows(distillation, teacher_scale(distillation), recipe.eval.n, line))
-    for n in sorted(set(recipe.eval.steps), reverse=True):
+    for n in distillation.counts:
         walk = student_walk(distillation, distillation.inference(n))
         about = {"who": "student", "steps": n, "nfe": n, "guidance": 1.0, "solver": ""}
         rows.append(about | measure(distillation, walk, f"student, {plural(n)}", line, recipe.eval.n))

@@ -1,0 +1,26 @@
+"""What a loaded recipe says of itself."""
+
+import pytest
+from students import student
+
+from stepdistill.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("strategy", "overrides", "counts"),
+    [
+        ("{name: lcm}", [], [4, 2, 1]),
+        ("{name: lcm, steps: 8}", [], [8, 4, 2, 1]),
+        ("{name: dmd2, steps: 3}", [], [3, 1]),
+        ("{name: vsd}", [], [1]),
+        ("{name: phased_dmd, phase_steps: 1}", ["train.steps=2"], [4, 2]),
+        ("{name: lcm}", ["eval.steps=[1, 6, 1]"], [6, 1]),
+    ],
+)
+def test_numbers_of_steps_in_which_a_student_is_shown(tmp_path, strategy, overrides, counts):
+    assert student(tmp_path, "eps", *overrides, strategy=strategy).counts == counts
+
+
+def test_a_number_of_steps_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="a VSD student takes one step, not 4"):
+        student(tmp_path, strategy="{name: vsd}").inference(4)
