@@ -41,11 +41,14 @@ def header(told: Serving) -> str:
 
 
 def about(told: Serving) -> str:
-    what, n = f"A LoRA (rank {told.lora['rank']})" if told.lora else "A whole pipeline", len(told.students)
-    if n > 1:
-        what = f"{n} LoRAs (rank {told.lora['rank']}), which take turns," if told.lora else f"{n} networks, which take turns,"
+    n = len(told.students)
+    if n == 1:
+        what = f"A LoRA (rank {told.lora['rank']}) that makes" if told.lora else "A whole pipeline that makes"
+    else:
+        what = f"{n} LoRAs (rank {told.lora['rank']}) that" if told.lora else f"{n} networks that"
+        what += " take turns to make"
     return (
-        f"{what} that make{'s' * (n == 1)} `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} "
+        f"{what} `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} "
         f"a picture at {told.resolution} x {told.resolution}, distilled with the strategy `{told.strategy}` of stepdistill. "
         f"The licence is that of the base model."
     )
