@@ -22,6 +22,7 @@ from stepdistill.evaluate.grid import Samples, draw_grid, plural
 from stepdistill.evaluate.shipped import shipped
 from stepdistill.evaluate.walks import student_walk
 from stepdistill.recipe import load_recipe, strategy_name
+from stepdistill.runs import Run
 from stepdistill.show import Line, clock
 
 REPO = Path(__file__).resolve().parent.parent
@@ -40,13 +41,16 @@ RECIPES = (
 STEPS = (1, 2, 4)
 
 
-def measure(name: str) -> dict:
-    """Train a recipe in a process of its own, pairs before that in another; returns its figures."""
+def measure(name: str, known: dict | None) -> dict:
+    """Train a recipe in a process of its own, pairs before that in another; returns its figures (the known ones, if it is
+    trained already)."""
     run, recipe, pairs = RUNS / name, load_recipe(name), RUNS / f"{name}-pairs"
-    before, more = time.monotonic(), []
-    if "pairs" in recipe.strategy.needs:
+    more = [f"pairs.folder={pairs}"] if "pairs" in recipe.strategy.needs else []
+    if known and (run / "recipe.yaml").is_file() and Run(run).finished(load_recipe(name, more)):
+        return known
+    before = time.monotonic()
+    if more:
         command("pairs", name, "--out", str(pairs))
-        more = [f"pairs.folder={pairs}"]
     spent = time.monotonic() - before
     memory = command("train", name, *more, "--output", str(run))
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -89,30 +93,33 @@ def wins(row: dict, rivals: list[dict]) -> bool:
 def cell(row: dict | None) -> str:
     if row is None:
         return "-"
-    return f"{row['fd']:.2f} ({row['fd_low']:.2f} .. {row['fd_high']:.2f}), {row['alignment']:.1%}, {row['diversity']:.2f}"
+    return (
+        f"**{row['fd']:.2f}** ({row['fd_low']:.2f} .. {row['fd_high']:.2f})<br>{row['alignment']:.1%}, {row['diversity']:.2f}"
+    )
 
 
 def table(results: dict[str, dict]) -> str:
     """The figures as Markdown."""
-    head = ["strategy", "recipe", *(plural(n) for n in STEPS), "beats the teacher", "training", "peak memory"]
+    head = ["strategy, recipe", *(plural(n) for n in STEPS), "beats the teacher", "training", "peak memory"]
     lines = [head, ["---"] * len(head)]
     rivals = teacher(next(iter(results)))
-    for k, who in enumerate(("teacher, unguided", "teacher, guided: twice the evaluations")):
+    for k, who in enumerate(("teacher, unguided", "teacher, guided:<br>twice the evaluations")):
         rows = [sorted(rivals[n], key=lambda row: row["guidance"])[k] for n in STEPS]
-        lines.append([who, "", *map(cell, rows), "", "", ""])
+        lines.append([who, *map(cell, rows), "", "", ""])
     for name in (name for name in RECIPES if name in results):
         made = results[name]
         rows = {int(n): row for n, row in made["students"].items()}
         won = wins(rows[made["steps"]], rivals[made["steps"]])
         told = f"{'yes' if won else 'no'}, in {made['steps']}"
-        spent = f"{clock(made['seconds'])}, {made['iterations']} iterations"
+        spent = f"{clock(made['seconds'])}<br>{made['iterations']} iterations"
         figures = [cell(rows.get(n)) for n in STEPS]
-        lines.append([f"`{made['strategy']}`", f"`{name}`", *figures, told, spent, f"{made['memory_mb']:.0f} MB"])
+        lines.append([f"`{made['strategy']}`<br>`{name}`", *figures, told, spent, f"{made['memory_mb']:.0f} MB"])
     first = next(iter(results.values()))
     commits = ", ".join(sorted({made["commit"] for made in results.values()}))
     notes = (
-        f"FD with its 95 % interval (lower is better), alignment, diversity (1 is the drawings'), over 2,048 pictures, by "
-        f"evaluations of the student. Training: its loop, and before that the making of pairs where there are some. "
+        "**FD** (its 95 % interval; lower is better), alignment, diversity (1 is the drawings'), over 2,048 pictures. A "
+        "student beats the teacher, in its own number of steps, if its interval's bad end lies below the teacher's FD, guided "
+        "and not, and its alignment above. Training: its loop, and before that the making of pairs where there are some. "
         f"Machine: {first['machine']}. Commits: {commits}."
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{notes}"
@@ -137,7 +144,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name in parser.parse_args().recipes:
-        results[name] = measure(name)
+        results[name] = measure(name, results.get(name))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")

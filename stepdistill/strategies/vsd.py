@@ -36,18 +36,18 @@ class VSD(Strategy):
     shifts them. Guidance acts on both scores with the same w: where the student's distribution is the unguided teacher's, exact
     scores agree. So guidance shapes the way there and not, as in DMD2, the goal.
 
-    When to choose it: for one step without pictures, to compare with DMD2 at steps: 1, or for SwiftBrush and PG-SB as they were
-    published. DMD2 is the safer choice: it normalizes the gradient, its goal is the guided teacher, and it makes students of
-    several steps. A sample and iteration costs 2 forwards with a gradient (student, critic) and 4 without (teacher 2, fake
-    score 2); both players move every time. Its gradient is small, so look at the samples before you judge the rates.
+    When to choose it: for one step without pictures or pairs, or for SwiftBrush and PG-SB as they were published. DMD2's goal
+    is the guided teacher, its gradient is normalized, and it makes students of several steps. A sample and iteration costs 2
+    forwards with a gradient (student, critic) and 4 without (teacher 2, fake score 2); both players move every time. Its
+    gradient is small, so look at the samples before you judge the rates.
 
-    Healthy curves: seen in 90 iterations on tiny-sd with guidance 3, and in 45 with a critic that hardly learns.
+    Healthy curves: seen in vsd_tiny_sd (300 iterations), and in 45 with a critic that hardly learns.
 
     - student/matching starts at exactly 0, for the fake score begins as the teacher, and nothing pulls the student until that
-      has moved. It rose to 0.007 within 20 iterations, and then sank slowly, to 0.005 after 90.
-    - student/grad_norm follows it: from 0 to 0.04 at iteration 30, then 0.02. That is far below optim.clip, and AdamW makes up
-      for it.
-    - critic/denoising stayed near 0.07, under noise of half its value, whether the critic learnt or not: a short run's tells
+      has moved. It rose to 0.007 within 20 iterations, and then sank slowly, to 0.0045 after 300.
+    - student/grad_norm follows it: from 0 to 0.05 at iteration 30, then 0.02 to 0.03. That is far below optim.clip, and AdamW
+      makes up for it.
+    - critic/denoising stayed near 0.08, under noise of half its value and more, whether the critic learnt or not: it tells
       nothing. critic/grad_norm sinks from 0.1 to 0.05 where it learns.
     - Sick: matching that stays at 0. With optim.critic_lr at 1e-6 it was at 6e-9 after 45 iterations, and grad_norm at 2e-5:
       what the student then follows is noise. Raise optim.critic_lr.
