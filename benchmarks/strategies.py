@@ -59,7 +59,7 @@ def measure(name: str, known: dict | None) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
     return {
         "strategy": strategy_name(recipe.strategy),
-        "steps": max(students),
+        "steps": getattr(recipe.strategy, "steps", 1),
         "iterations": recipe.train.steps,
         "seconds": spent + log[-1]["seconds"],
         "memory_mb": memory,
