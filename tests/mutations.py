@@ -87,6 +87,8 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (DMD2, "if self.gan else frozenset()", "if True else frozenset()", "dmd2"),
     (DMD2, "(self.guidance - 1) * (cond", "self.guidance * (cond", "dmd2"),
     (DMD2, "(cond.x0 - null.x0)", "(null.x0 - cond.x0)", "dmd2"),
+    (DMD2, "self.augment * (", "(", "dmd2"),
+    (DMD2, "surrogate(x0, fake - real)", "surrogate(x0, real - fake)", "dmd2"),
     (DMD2, "else s * time", "else s", "dmd2"),
     (DMD2, "roles.teacher(x_t, t, batch.cond).x0 + self", "fake + self", "dmd2"),
     ("diffusion.py", "-a_t * s_s**2", "a_t * s_s**2", "phased_dmd"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch, Draw
 from ..fields import ranged
-from ..losses import distribution_matching, gan_student
+from ..losses import distribution_matching, gan_student, surrogate
 from ..roles import Roles
 from ..sampling import Inference
 from .base import Strategy
@@ -39,8 +39,9 @@ class DMD2(Strategy):
     denoising sg(x0): mean((its output - target)^2) in the space fake_loss, at a t ~ U(0.002, 0.998) of its own. On flow, drawn
     times are shifted as the teacher's sampler shifts them.
 
-        decoupled  real = D_cond(x_t) + (w - 1) (D_cond - D_null)(x_s)
+        decoupled  real = D_cond(x_t) + augment (w - 1) (D_cond - D_null)(x_s)
                    s ~ U(t_range) times the time of the student's step
+        normalize: false   g = fake - real
         gan > 0    student + gan mean softplus(-l(x_t))
                    critic + gan_critic mean(softplus(-l(y_t)) + softplus(l(x_t)))
 
@@ -82,6 +83,10 @@ class DMD2(Strategy):
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
     decoupled: bool = False  # guide at times of their own: Decoupled DMD, arXiv:2511.22677
     augment_range: tuple[float, float] | None = ranged(None, above=0, below=1)  # those times; null: t_range x student's own
+    augment: float = ranged(
+        1.0, low=0
+    )  # weight of what guidance adds there (the paper's is not confirmed)
+    normalize: bool = True  # divide by each sample's mean |x0 - real|; false: do not, as in Decoupled DMD's pseudo-code
     student_every: int = ranged(5, low=1)  # critic updates for each of the student: two time-scales, Sec. 4.2
     alternate: bool = False  # no critic update when the student moves; false: both, on the same samples
     fake_loss: Literal["eps", "x0", "v", "flow"] | None = None  # space of the critic's error; null: the network's own
@@ -101,6 +106,8 @@ class DMD2(Strategy):
         yield from check_ranges(self, "t_range", "augment_range")
         if self.augment_range and not self.decoupled:
             yield "augment_range: guidance has times of its own only with decoupled: true; set that, or augment_range to null"
+        if self.augment != 1 and not self.decoupled:
+            yield "augment: guidance has a weight of its own only with decoupled: true; set that, or augment to 1"
         if self.decoupled and self.guidance == 1:
             yield "decoupled: guidance 1 adds nothing that could be decoupled; set guidance above 1"
         if self.alternate and self.student_every < 2:
@@ -145,14 +152,14 @@ class DMD2(Strategy):
                 real = roles.teacher(x_t, t, batch.cond).x0 + self.augmentation(roles, x0, time, batch, draw)
             else:
                 real = roles.teacher.guided(x_t, t, batch.cond, batch.null, self.guidance).x0
-        return distribution_matching(x0, real, fake)
+        return distribution_matching(x0, real, fake) if self.normalize else surrogate(x0, fake - real)
 
     def augmentation(self, roles: Roles, x0: Tensor, time: float, batch: Batch, draw: Draw) -> Tensor:
         """What guidance adds to a clean prediction, [B, ...], at times of its own. Decoupled DMD, arXiv:2511.22677."""
         s = roles.schedule.warp(draw.uniform(*(self.augment_range or self.t_range)))
         s = s if self.augment_range else s * time
         cond, null = roles.teacher.pair(roles.noise(x0, s, draw.normal(x0)), s, batch.cond, batch.null)
-        return (self.guidance - 1) * (cond.x0 - null.x0)
+        return self.augment * (self.guidance - 1) * (cond.x0 - null.x0)
 
     def inference(self, schedule, steps=None):
         hops = own_steps("DMD2", schedule, self.steps, self.times, steps)

@@ -236,6 +236,27 @@ def test_decoupled_with_coupled_times_is_dmd2():
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
 
 
+def test_weight_of_what_guidance_adds():
+    """It multiplies guidance - 1: twice the weight at 4 is 7."""
+    losses = []
+    for own in ({"guidance": 4.0, "augment": 2.0}, {"guidance": 7.0}):
+        roles, prompts = guided_world(B)
+        loss, _ = first(DMD2(steps=1, decoupled=True, **own), roles, *SIGNS, **prompts)
+        losses.append([loss.item(), *moved(loss, roles)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+@EVERY
+def test_without_normalizer_the_gradient_is_the_difference(schedule, kind):
+    """sigma^2 (b - m) / V_p in b, a sigma^2 (1 / V_p - 1 / V_q) in a, each time weighing by itself."""
+    roles = world(schedule, kind, Gaussian(M, C))
+    loss, _ = first(DMD2(steps=1, guidance=1.0, normalize=False), roles, *SIGNS)
+    a, s = levels(schedule)
+    v_p, v_q = spread(a, s, C) ** 2, spread(a, s, A) ** 2
+    want = [(s**2 * (B - M) / v_p).mean().item(), (s**2 * A * (1 / v_p - 1 / v_q)).mean().item()]
+    assert moved(loss, roles) == pytest.approx(want, rel=1e-9)
+
+
 @pytest.mark.parametrize("at", [0.3, 0.8])
 def test_decoupled_gradient_and_fixed_point(at):
     """The pull to the data at one time, the push of guidance at another: it is where they balance that the student rests,
@@ -288,6 +309,6 @@ def test_inference():
 def test_fields_are_checked_together():
     assert not list(DMD2().check()) and not list(DMD2(steps=2, times=(1.0, 0.5)).check())
     assert len(list(DMD2(times=(0.5, 1.0), t_range=(0.9, 0.1), alternate=True, student_every=1).check())) == 4
-    assert len(list(DMD2(augment_range=(0.5, 0.2)).check())) == 2
+    assert len(list(DMD2(augment_range=(0.5, 0.2), augment=2.0).check())) == 3
     assert len(list(DMD2(decoupled=True, guidance=1.0).check())) == 1
     assert not list(DMD2(decoupled=True, augment_range=(0.1, 0.2)).check())
