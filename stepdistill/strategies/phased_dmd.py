@@ -49,9 +49,9 @@ class PhasedDMD(Strategy):
     all alike. Without it the paper's own space, flow, has targets that grow like 1 / (1 - s): eps has not.
 
     When to choose it: for 4 steps or more of a large model, above all of videos, where few-step students of DMD2 lose variety
-    and motion; or where the teacher is two experts anyway. It needs prompts alone. A sample and iteration costs what DMD2's
-    does, but rollouts get longer, each phase needs iterations of its own, and a critic has to be found anew. One or two steps
-    are DMD2's.
+    and motion; or where the teacher is two experts anyway, as Wan 2.2 (let times begin a phase below their boundary, and each
+    student trains and wears one of them). It needs prompts alone. A sample and iteration costs what DMD2's does, but rollouts
+    get longer, each phase needs iterations of its own, and a critic has to be found anew. One or two steps are DMD2's.
 
     Healthy curves: seen in phased_dmd_tiny_sd, 130 iterations a phase.
 

@@ -92,3 +92,20 @@ def test_one_step(case, network):
     assert again == losses
     for name, changes in moved.items():
         assert all(map(torch.equal, changes, replayed[name])), name
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_phases_that_meet_at_the_experts_boundary_train_one_expert_each(phase):
+    family = FAMILIES["WanPipeline"](pipelines.wan(boundary_ratio=0.6))
+    strategy = PhasedDMD(steps=2, phase_steps=1, student_every=1, times=(1.0, 0.5), guidance=2.0)
+    roles = build_roles(family, strategy.roles, rank=4)
+    noise = torch.randn(2, *family.latent_shape(16, 16), generator=torch.Generator().manual_seed(0))
+    null = {name: x.expand(2, *x.shape[1:]) for name, x in family.null_prompts().items()}
+    batch = Batch(noise, family.encode_prompts(["a red cat", "a blue dog"]), null)
+    names = roles[strategy.students[phase]].named_parameters()
+    for p in names.values():
+        p.requires_grad_()
+    who, loss, _ = next(strategy.losses(roles, batch, Draw(0, phase, range(2))))
+    distributed.backward(loss, list(names.values()))
+    trained = {name.split(".")[0] for name, p in names.items() if p.grad is not None}
+    assert who == "student" and trained == {("transformer", "transformer_2")[phase]}
