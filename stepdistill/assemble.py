@@ -71,7 +71,8 @@ class Distillation:
             asked = {len(self.strategy.inference(schedule).hops)}
             for steps in (4, 2, 1):
                 with suppress(ValueError):
-                    asked.add(len(self.strategy.inference(schedule, steps).hops))
+                    self.strategy.inference(schedule, steps)
+                    asked.add(steps)
         return sorted(set(asked), reverse=True)
 
     def inference(self, steps: int | None = None) -> Inference:
@@ -97,7 +98,7 @@ def assemble(recipe: Recipe) -> Distillation:
     dtype, side = getattr(torch, model.dtype), recipe.data.resolution
     family = load_family(model.source, dtype, model.revision, model.variant, where, side)
     strategy = recipe.strategy
-    check_guidance(family, strategy)
+    check_guidance(family, recipe)
     averaged = [name for name in trained(strategy) if train.ema is not None]
     roles = build_roles(
         family,
@@ -118,15 +119,16 @@ def assemble(recipe: Recipe) -> Distillation:
     return Distillation(recipe, family, strategy, roles)
 
 
-def check_guidance(family: Family, strategy: Strategy) -> None:
-    """Raises UserError for a strategy that guides a teacher which cannot be guided."""
-    scale = getattr(strategy, "guidance", 1.0)
-    if family.guidance_distilled and any(number != 1 for number in numbers(scale)):
-        one = "1" if isinstance(scale, float) else "[1, 1]"
-        raise UserError(
-            f"strategy.guidance {scale}: the guidance of a {family.pipeline} is distilled into it, so it has no "
-            f"unconditional prediction to be guided with; set strategy.guidance to {one}"
-        )
+def check_guidance(family: Family, recipe: Recipe) -> None:
+    """Raises UserError for a recipe that guides a teacher which cannot be guided."""
+    scales = {"strategy.guidance": getattr(recipe.strategy, "guidance", 1.0), "pairs.guidance": recipe.pairs.guidance}
+    for key, scale in scales.items() if family.guidance_distilled else ():
+        if any(number != 1 for number in numbers(scale)):
+            one = "1" if isinstance(scale, float) else "[1, 1]"
+            raise UserError(
+                f"{key} {scale}: the guidance of a {family.pipeline} is distilled into it, so it has no "
+                f"unconditional prediction to be guided with; set {key} to {one}"
+            )
 
 
 def trained(strategy: Strategy) -> list[str]:

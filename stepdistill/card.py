@@ -90,7 +90,7 @@ def turns(told: Serving, form: str, files: Sequence[str]) -> list[str]:
     students, net = told.students, f"pipe.{told.network}"
     if form in WHOLE:
         options = f"subfolder=name, dtype=torch.{told.dtype}"
-        lines = [f'students = {{"{students[0]}": {net}}}', f"for name in {list(students[1:])}:".replace("'", '"')]
+        lines = [f'students = {{"{students[0]}": {net}}}', f"for name in {json.dumps(students[1:])}:"]
         lines += [f"    students[name] = type({net}).from_pretrained(here, {options}).to({net}.device)"]
         order, wear = "[" + ", ".join(f'students["{name}"]' for name in told.sampler.students) + "]", f"{net} = order[{{}}]"
     else:
@@ -135,10 +135,9 @@ def notes(told: Serving) -> str:
             f"to {high:g}{how}."
         )
     if len(told.students) > 1:
-        lines.append(
-            "Each student takes its own steps, and none can take another's. In ComfyUI that is one KSampler (Advanced) for "
-            "each LoRA, one after the other; A1111 cannot."
-        )
+        lines.append("Each student takes its own steps, and none can take another's.")
+        if told.lora:
+            lines[-1] += " In ComfyUI that is one KSampler (Advanced) for each LoRA, one after the other; A1111 cannot."
     if Path(told.base).is_dir():
         lines.append(f"`{told.base}` is a folder of the machine that exported this; elsewhere, mend the path.")
     return "\n".join(f"- {line}" for line in lines)

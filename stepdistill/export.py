@@ -146,11 +146,11 @@ def write_fused(distillation: Distillation, told: Serving, student: str, folder:
 def write_pipeline(distillation: Distillation, told: Serving, student: str, folder: Path) -> None:
     """The first student's whole pipeline; of others the network. They are float32; whoever loads them chooses the type."""
     family, net = distillation.family, distillation.students()[student].net
+    if student != told.students[0]:
+        net.save_pretrained(folder, safe_serialization=True)
+        return
     pipe = copy.copy(family.pipe)  # shares its parts; what is registered below, only the copy has
     with quiet():
-        if student != told.students[0]:
-            net.save_pretrained(folder, safe_serialization=True)
-            return
         pipe.register_modules(**{family.net_name: net, "scheduler": told.build_scheduler()})
         pipe.save_pretrained(folder, safe_serialization=True)
 

@@ -102,9 +102,9 @@ class Serving:
             tree = json.loads(text)
             if tree.pop("format") != FORMAT:
                 raise UserError(f"this {SIDECAR} was written by another version of stepdistill; export the run again")
-            samplers = {int(n): Sampler(**sampler) for n, sampler in tree["samplers"].items()}
-            for n, sampler in samplers.items():
-                samplers[n] = dataclasses.replace(sampler, students=tuple(sampler.students))
+            samplers = {
+                int(n): Sampler(**sampler | {"students": tuple(sampler["students"])}) for n, sampler in tree["samplers"].items()
+            }
             files = {form: tuple(names) for form, names in tree["files"].items()}
             return cls(**tree | {"prompts": tuple(tree["prompts"]), "samplers": samplers, "files": files})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

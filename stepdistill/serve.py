@@ -28,8 +28,8 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
         if form in WHOLE:
             pipe = load_pipeline_folder(str(folder / files[0]), dtype)
             net = getattr(pipe, told.network)
-            nets = [net, *(type(net).from_pretrained(folder / file, torch_dtype=dtype) for file in files[1:])]
-            calls = [network.to(distributed.device()).forward for network in nets]
+            others = [type(net).from_pretrained(folder / file, dtype=dtype).to(distributed.device()) for file in files[1:]]
+            calls = [network.forward for network in (net, *others)]
         else:
             pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant)
             for student, file in zip(told.students, files, strict=True):

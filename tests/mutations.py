@@ -23,6 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill"))
 SHARED = "strategies/shared.py"
 ORACLE = {  # whose tests must notice
+    "decoupled": "tests/strategies/test_decoupled_dmd.py",
     "losses": "tests/test_losses.py",
     "diffusion": "tests/test_diffusion.py",
     "schedules": "tests/test_schedules.py",
@@ -85,12 +86,12 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (DMD2, 'matching + self.gan * logs["gan"]', 'matching + logs["gan"]', "dmd2"),
     (DMD2, "draw.step % self.student_every == 0", "draw.step % self.student_every == 1", "dmd2"),
     (DMD2, "if self.gan else frozenset()", "if True else frozenset()", "dmd2"),
-    (DMD2, "(self.guidance - 1) * (cond", "self.guidance * (cond", "dmd2"),
-    (DMD2, "(cond.x0 - null.x0)", "(null.x0 - cond.x0)", "dmd2"),
-    (DMD2, "self.augment * (", "(", "dmd2"),
+    (DMD2, "(self.guidance - 1) * (cond", "self.guidance * (cond", "decoupled"),
+    (DMD2, "(cond.x0 - null.x0)", "(null.x0 - cond.x0)", "decoupled"),
+    (DMD2, "self.augment * (", "(", "decoupled"),
     (DMD2, "surrogate(x0, fake - real)", "surrogate(x0, real - fake)", "dmd2"),
-    (DMD2, "else s * time", "else s", "dmd2"),
-    (DMD2, "roles.teacher(x_t, t, batch.cond).x0 + self", "fake + self", "dmd2"),
+    (DMD2, "else s * time", "else s", "decoupled"),
+    (DMD2, "roles.teacher(x_t, t, batch.cond).x0 + self", "fake + self", "decoupled"),
     ("diffusion.py", "-a_t * s_s**2", "a_t * s_s**2", "phased_dmd"),
     ("diffusion.py", "mix(x_s, eps, 1 / a_s, -a_t * s_s**2 / (a_s**2 * step))", "x_s", "phased_dmd"),
     ("diffusion.py", "like(s_t / step, eps) * eps", "eps", "phased_dmd"),

@@ -53,25 +53,38 @@ def autoencoder(**kw):
     )
 
 
-def sd(prediction_type="epsilon", time_cond_proj_dim=None):
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
+def unet(**kw):
+    return diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16),
         layers_per_block=1,
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
         norm_num_groups=2,
-        attention_head_dim=2,
-        time_cond_proj_dim=time_cond_proj_dim,
+        **kw,
     )
+
+
+def inert(vae, monkeypatch):
+    """Let an autoencoder do nothing, so that latents are pixels."""
+    posterior = type("Posterior", (), {})
+
+    def encode(x):
+        posterior.mean = x
+        return type("Out", (), {"latent_dist": posterior})
+
+    monkeypatch.setattr(vae, "encode", encode)
+    monkeypatch.setattr(vae, "decode", lambda z, return_dict: (z,))
+
+
+def sd(prediction_type="epsilon", time_cond_proj_dim=None):
+    torch.manual_seed(0)
     scheduler = diffusers.DDIMScheduler(
         **SD_SCHEDULER, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
     )
     return finish(
         diffusers.StableDiffusionPipeline(
-            unet=unet,
+            unet=unet(cross_attention_dim=16, attention_head_dim=2, time_cond_proj_dim=time_cond_proj_dim),
             scheduler=scheduler,
             vae=autoencoder(),
             text_encoder=transformers.CLIPTextModel(clip_config()),
@@ -85,14 +98,8 @@ def sd(prediction_type="epsilon", time_cond_proj_dim=None):
 
 def sdxl(force_zeros=True):
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    net = unet(
         cross_attention_dim=32,
-        norm_num_groups=2,
         attention_head_dim=(2, 4),
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
@@ -103,7 +110,7 @@ def sdxl(force_zeros=True):
     scheduler = diffusers.EulerDiscreteScheduler(**SD_SCHEDULER, steps_offset=1, timestep_spacing="leading")
     return finish(
         diffusers.StableDiffusionXLPipeline(
-            unet=unet,
+            unet=net,
             scheduler=scheduler,
             vae=autoencoder(scaling_factor=0.13025),
             text_encoder=transformers.CLIPTextModel(clip_config()),

@@ -98,10 +98,17 @@ def test_only_a_network_that_has_the_input_is_told_its_guidance():
         build_roles(Flux(pipelines.flux(**VARIANTS["schnell"])), ["student"], None, embed_guidance=True)
 
 
-@pytest.mark.parametrize(("strategy", "remedy"), [("{name: dmd2}", "to 1$"), ("{name: lcm}", r"to \[1, 1\]$")])
-def test_guidance_is_refused_before_any_work(tmp_path, strategy, remedy):
-    with pytest.raises(UserError, match=rf"the guidance of a FluxPipeline is distilled into it.*{remedy}"):
-        student(tmp_path, "flux", "data.resolution=16", strategy=strategy)
+@pytest.mark.parametrize(
+    ("strategy", "more", "remedy"),
+    [
+        ("{name: dmd2}", [], "strategy.guidance to 1$"),
+        ("{name: lcm}", [], r"strategy.guidance to \[1, 1\]$"),
+        ("{name: dmd, guidance: 1}", ["pairs.guidance=3"], "pairs.guidance to 1$"),
+    ],
+)
+def test_guidance_is_refused_before_any_work(tmp_path, strategy, more, remedy):
+    with pytest.raises(UserError, match=rf"the guidance of a FluxPipeline is distilled into it.*set {remedy}"):
+        student(tmp_path, "flux", "data.resolution=16", *more, strategy=strategy)
 
 
 def test_lora_targets_reach_every_kind_of_layer():
