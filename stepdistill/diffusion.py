@@ -41,6 +41,11 @@ class Prediction:
     def v(self) -> Tensor:
         return self.alpha * self.eps - self.sigma * self.x0
 
+    @property
+    def trig(self) -> Tensor:
+        """dx/dtheta of TrigFlow's x = x_t / |(alpha, sigma)| at the angle theta = atan2(sigma, alpha), arXiv:2410.11081."""
+        return self.v / (self.alpha**2 + self.sigma**2).sqrt()
+
 
 def read(kind: Kind, raw: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
     """Solve x_t = alpha x0 + sigma eps together with the one equation that the network's raw output adds.

@@ -164,7 +164,7 @@ def distil(strategy: Strategy, seed: int, steps: int, rate: float) -> Roles:
             optimizers[who].zero_grad()
         strategy.after_step(roles, moved)
         if "student" in moved:
-            (student,) = strategy.players(stage)["student"]
+            (student,) = (name for name in strategy.players(stage)["student"] if name in averages)
             averages[student].follow(roles[student], 0.98)
     return roles.swap(**averages)
 

@@ -35,6 +35,8 @@ CASES = {  # of exports: teacher, strategy, overrides
     "lcm-sdxl": ("sdxl", "{name: lcm}", []),
     "lcm-flow": ("flow", "{name: lcm}", []),
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
+    "scm-flow": ("flow", "{name: scm}", []),
+    "rcm-eps": ("eps", "{name: rcm, times: [1.0, 0.5005005], steps: 2}", []),
     "phased-eps": ("eps", "{name: phased_dmd, phase_steps: 1}", ["train.steps=2", "train.ema=0.9"]),
     "phased-flow-whole": ("flow", "{name: phased_dmd, phase_steps: 1, renoise: true}", ["train.steps=2", "lora=null"]),
     "dmd2-flux-renoising": ("flux", "{name: dmd2, guidance: 1, renoise: true}", ["data.resolution=16"]),
@@ -57,7 +59,7 @@ def student(folder: Path, teacher: str = "eps", *overrides: str, strategy: str =
     prompts.write_text("\n".join(PROMPTS))
     run.mkdir(exist_ok=True)
     recipe = run / "recipe.yaml"
-    needs = "stepdistill/tiny" if any(name in strategy for name in ("lcm", "f_distill")) else "null"
+    needs = "stepdistill/tiny" if any(name in strategy for name in ("lcm", "f_distill", "scm", "rcm")) else "null"
     recipe.write_text(
         f"name: tiny\nmodel: {{source: {model}}}\nlora: {{rank: 4}}\nstrategy: {strategy}\n"
         f"data: {{prompts: {prompts}, images: {needs}}}\ntrain: {{steps: 1}}\n"

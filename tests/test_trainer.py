@@ -26,9 +26,12 @@ STRATEGIES = {
     "vsd": "{name: vsd}",
     "phased_dmd": "{name: phased_dmd, steps: 2, phase_steps: 2, student_every: 1, guidance: 2}",
     "dmd": "{name: dmd}",
+    "scm": "{name: scm, guidance: 2}",
+    "rcm": "{name: rcm, guidance: 2, warmup: 1, student_every: 2}",
 }
 # the loop is one: three strategies prove it every time, and test_one_step takes a step of each
-EVERY = ["lcm", "dmd2", "phased_dmd", *(pytest.param(name, marks=pytest.mark.long) for name in ("dmd", "f_distill", "vsd"))]
+ALWAYS = ["lcm", "dmd2", "phased_dmd"]
+EVERY = [*ALWAYS, *(pytest.param(name, marks=pytest.mark.long) for name in STRATEGIES if name not in ALWAYS)]
 
 
 def trainer(folder, *overrides, strategy="lcm", teacher="eps") -> Trainer:

@@ -6,6 +6,8 @@ from .dmd2 import DMD2
 from .f_distill import FDistill
 from .lcm import LCM
 from .phased_dmd import PhasedDMD
+from .rcm import RCM
+from .scm import SCM
 from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -14,5 +16,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "f_distill": FDistill,
     "lcm": LCM,
     "phased_dmd": PhasedDMD,
+    "rcm": RCM,
+    "scm": SCM,
     "vsd": VSD,
 }

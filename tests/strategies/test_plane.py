@@ -7,7 +7,7 @@ import pytest
 from plane import FLOW, MODES, Plane, apart, distil, euler, samples, shares, teacher
 
 from stepdistill.roles import Denoiser, Roles
-from stepdistill.strategies import DMD, DMD2, LCM, VSD, FDistill, PhasedDMD
+from stepdistill.strategies import DMD, DMD2, LCM, RCM, SCM, VSD, FDistill, PhasedDMD
 
 N = 8192
 CASES = {  # strategy, iterations of 128 samples, learning rate
@@ -20,6 +20,18 @@ CASES = {  # strategy, iterations of 128 samples, learning rate
     "f_distill, js": (FDistill(divergence="js", steps=1, guidance=1.0, student_every=2), 300, 2e-3),
     "f_distill, forward_kl": (FDistill(divergence="forward_kl", steps=1, guidance=1.0, student_every=2), 300, 2e-3),
     "lcm, 2 steps": (LCM(steps=2, guidance=(1.0, 1.0), grid=32, ema=0.95), 400, 1e-3),
+    "scm": (SCM(guidance=1.0, warmup=100, proposal=(0.0, 1.6)), 400, 1e-3),
+    "scm, exact, without pictures": (
+        SCM(guidance=1.0, warmup=100, proposal=(0.0, 1.6), difference=None, trajectory=2, steps=1),
+        300,
+        1e-3,
+    ),
+    "scm, discrete, without a teacher": (
+        SCM(velocity="data", proposal=(0.0, 1.6), intervals=(8, 32), double_every=150, adaptive=False),
+        400,
+        1e-3,
+    ),
+    "rcm": (RCM(steps=2, guidance=1.0, warmup=50, student_every=2), 400, 1e-3),
     "vsd": (VSD(guidance=(1.0, 1.0)), 400, 2e-3),
 }
 
