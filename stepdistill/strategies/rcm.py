@@ -11,22 +11,43 @@ from ..batch import Batch, Draw
 from ..fields import ranged
 from ..losses import distribution_matching
 from ..roles import Roles
-from ..sampling import Inference, trailing
+from ..sampling import Inference
 from .base import Strategy
-from .shared import check_ranges, check_times, fit_fake, own_steps
-from .trigflow import check_proposal, consistency, on_pictures, on_trajectories
+from .shared import any_steps, check_ranges, check_times, fit_fake
+from .trigflow import check_proposal, consistency, points
 
 
 @dataclass
 class RCM(Strategy):
-    """sCM's consistency, and beside it, on samples of the student's own, the score difference of DMD: one covers what the
-    teacher makes, the other sharpens it.
+    """sCM's consistency, and beside it, on samples of the student's own, the score difference of DMD. Consistency covers all
+    that the teacher makes, but lets errors gather over a trajectory; the score difference looks at samples and sharpens them,
+    but would rather leave some kinds out. Each mends the other's fault.
 
-    Objective: TODO
+    Objective: sCM's loss (stepdistill explain scm; every angle weighs the same), and KL(q_t || p_t) over all times t, q being
+    what the student makes and p the guided teacher's.
 
-    When to choose it: TODO
+        x, theta, v, g, e    as in sCM
+        L    = mean(e)                       first part
+        x0   = the student's, from noise, after 1 to `rollout` steps at times
+               that fall at random from 1
+        x_t  = alpha_t x0 + sigma_t eps      t ~ U(t_range)
+        real = D_null + w (D_cond - D_null)  of the teacher at x_t, w = guidance
+        fake = D_cond                        of the fake score at x_t
+        L    = matching 1/2 mean((x0 - sg(x0 - (fake - real) / mean|x0 - real|))^2)
 
-    Healthy curves: TODO student/consistency student/tangent student/matching critic/denoising
+        critic  mean |D_fake(x_t) - sg(x0)|^2 / sin^2(theta_t)
+
+    sg stops the gradient, which of a rollout the last step alone has. For the first warmup iterations there is the first part
+    alone, while its r rises to 1; after that student and critic alternate, student_every - 1 of the critic for each of the
+    student. Guidance acts in v and in real. On flow, drawn times are shifted as the teacher's sampler shifts them. The paper's
+    0.01 stands beside sums over a sample, and a tangent of length 1; here all are means, and matching is beside them. Its
+    released code leaves the derivative's share r at 1 while it warms up; here r is what sCM's paper says.
+
+    When to choose it: for 1 to 4 steps of large models, where DMD2 loses variety: pictures (they may be the teacher's own) or
+    trajectories keep it. Two objectives cost more than one: a student's iteration 2 forwards with a gradient and 8 without,
+    beside the rollout of (rollout - 1) / 2; a critic's 1 with a gradient beside the rollout's (rollout + 1) / 2.
+
+    Healthy curves: TODO
     """
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
@@ -62,10 +83,7 @@ class RCM(Strategy):
     def losses(self, roles, batch, draw):
         warm = draw.step < self.warmup
         if warm or draw.step % self.student_every == 0:
-            if self.trajectory is None:
-                at = on_pictures(roles, batch, draw, self.guidance, self.proposal)
-            else:
-                at = on_trajectories(roles, batch, draw, self.guidance, self.proposal, self.trajectory)
+            at = points(roles, batch, draw, self.guidance, self.proposal, self.trajectory)
             share = draw.step / self.warmup if warm else 1.0
             error, size = consistency(roles, at, share, self.tangent, self.difference)
             yield "student", error.mean(), {"consistency": error.mean(), "tangent": size.mean()}
@@ -97,6 +115,4 @@ class RCM(Strategy):
         return distribution_matching(x0, real.x0, fake.x0)
 
     def inference(self, schedule, steps=None):
-        if self.times is not None:
-            return Inference(own_steps("rCM", schedule, self.steps, self.times, steps), renoise=self.renoise)
-        return Inference(trailing(schedule.grid(steps or self.steps)), renoise=self.renoise)
+        return Inference(any_steps("rCM", schedule, self.steps, self.times, steps), renoise=self.renoise)

@@ -53,6 +53,12 @@ def own_steps(name: str, schedule: Schedule, steps: int, times: tuple[float, ...
     return hops[:: steps // (asked or steps)]
 
 
+def any_steps(name: str, schedule: Schedule, steps: int, times: tuple[float, ...] | None, asked: int | None) -> tuple[Hop, ...]:
+    """The hops, from noise down, of a student that may be asked at any time: of `asked` equal solver steps (None: `steps`).
+    Where it has times of its own, it is as in `own_steps`."""
+    return trailing(schedule.grid(asked or steps)) if times is None else own_steps(name, schedule, steps, times, asked)
+
+
 def times_above(since: float, schedule: Schedule, draw: Draw, low: float, high: float) -> Tensor:
     """Random times [B] between `since` and 1, uniform before the schedule's warp, off the ends by shares low and 1 - high."""
     least = schedule.unwarp(since)

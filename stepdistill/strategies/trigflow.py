@@ -68,6 +68,15 @@ def guided(roles: Roles, x: Tensor, theta: Tensor, cond, null, scale: float) -> 
     return roles.teacher.guided(*seen(roles.schedule, x, theta), cond, null, scale).trig
 
 
+def points(
+    roles: Roles, batch: Batch, draw: Draw, scale: float | None, law: tuple[float, float], trajectory: int | None
+) -> Points:
+    """On noised pictures, or so many of each of the teacher's trajectories."""
+    if trajectory is None:
+        return on_pictures(roles, batch, draw, scale, law)
+    return on_trajectories(roles, batch, draw, scale, law, trajectory)
+
+
 @torch.no_grad()
 def on_pictures(roles: Roles, batch: Batch, draw: Draw, scale: float | None, law: tuple[float, float]) -> Points:
     """Noised pictures, with the guided teacher's velocity there; scale None: with their own, that of x0 and noise."""

@@ -85,6 +85,44 @@ def test_ddim_step_leaves_the_known_residual(schedule, kind, skip, monkeypatch):
     assert loss.item() == pytest.approx(want.item(), rel=1e-9)
 
 
+class Shrunk(Consistency):
+    """The consistency function, its deviations from the mean shrunk by a factor for every point of the grid."""
+
+    def __init__(self, schedule, factors):
+        super().__init__(M, C, end(schedule))
+        self.grid, self.factors, self.schedule = torch.tensor(schedule.grid(N), dtype=F64), factors, schedule
+
+    def forward(self, x_t, a, s, cond):
+        t = self.schedule.time(torch.atan2(s, a).flatten())
+        x0 = self.end[0] * M + self.factors[(t[:, None] - self.grid).abs().argmin(1)][:, None] * (
+            super().forward(x_t, a, s, cond)[0] - self.end[0] * M
+        )
+        return x0, (x_t - a * x0) / s.clamp(min=1e-300)
+
+
+@EVERY
+@pytest.mark.parametrize("skip", [1, 3])
+def test_what_ddim_steps_miss_is_learnt(schedule, kind, skip):
+    """The fixed point of a first-order solver shrinks by the product of its steps' cosines: LCM's own loss of contrast."""
+    cos = residual(schedule, skip)[0].flatten()
+    factors = torch.ones(N + 1, dtype=F64)
+    for n in range(1, N + 1):
+        factors[n] = cos[n - 1] * factors[max(n - skip, 0)]
+    strategy = LCM(grid=N, skip=skip, guidance=(1.0, 1.0), huber=1e-12)
+    exact, shrunk = (
+        run(strategy, play(schedule, kind, Gaussian(M, C), student=Shrunk(schedule, some)), batch(null={})).item()
+        for some in (torch.ones_like(factors), factors)
+    )
+    assert shrunk < 1e-10 and exact > 1e-3
+
+
+def test_of_stable_diffusion_at_50_steps_the_loss_of_contrast_is_known():
+    t = torch.tensor(VP.grid(50), dtype=F64)
+    for spread_of_data, left in ((0.5, 0.951), (1.0, 0.973)):
+        angles = torch.atan2(VP.alpha_sigma(t)[1], VP.alpha_sigma(t)[0] * spread_of_data)
+        assert (angles[1:] - angles[:-1]).cos().prod().item() == pytest.approx(left, abs=6e-4)
+
+
 @EVERY
 @SKIPS
 @pytest.mark.parametrize("ema", [None, 0.95])
