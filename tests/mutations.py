@@ -21,6 +21,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa:
 
 REPO = Path(__file__).resolve().parent.parent
 LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill"))
+TRIG, SCM, RCM = (f"strategies/{name}.py" for name in ("trigflow", "scm", "rcm"))
 SHARED = "strategies/shared.py"
 ORACLE = {  # whose tests must notice
     "decoupled": "tests/strategies/test_decoupled_dmd.py",
@@ -29,8 +30,10 @@ ORACLE = {  # whose tests must notice
     "schedules": "tests/test_schedules.py",
     "sampling": "tests/test_sampling.py",
     "batch": "tests/test_batch.py",
+    "attention": "tests/test_attention.py",
     "roles": "tests/test_roles.py",
     **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill")},
+    **{name: f"tests/strategies/test_{name}.py" for name in ("trigflow", "scm", "rcm")},
 }
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
@@ -203,6 +206,57 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("perceptual.py", "(a, b).mean()", "(a, b).sum()", "dmd"),
     ("perceptual.py", ".requires_grad_(False)", "", "dmd"),
     ("perceptual.py", ".eval()", "", "dmd"),
+    (LCM, "roles.move(roles.teacher.guided(x_t, t, batch.cond, batch.null, w), s)", "roles.noise(x0, s, batch.noise)", "lcm"),
+    ("attention.py", "F.scaled_dot_product_attention: attention, ", "", "attention"),
+    ("attention.py", "F.group_norm(x.contiguous(),", "F.group_norm(x,", "attention"),
+    ("attention.py", "1 / math.sqrt(q.shape[-1]) if scale is None else scale", "1 / math.sqrt(q.shape[-1])", "attention"),
+    (
+        "attention.py",
+        "x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)",
+        "x.repeat(1, q.shape[-3] // x.shape[-3], 1, 1)",
+        "attention",
+    ),
+    ("attention.py", ".masked_fill(~attn_mask.any(-1, keepdim=True), 0)", "", "attention"),
+    ("attention.py", "torch.promote_types(query.dtype, torch.float32)", "query.dtype", "attention"),
+    ("attention.py", "logits + attn_mask", "logits - attn_mask", "attention"),
+    ("attention.py", "if tangent is None:", "if False:", "attention"),
+    ("diffusion.py", "return self.v / (self.alpha**2 + self.sigma**2).sqrt()", "return self.v", "trigflow"),
+    (TRIG, "like((alpha**2 + sigma**2).sqrt(), x) * x, t", "x, t", "trigflow"),
+    (TRIG, "law[0] + law[1] * torch.special.ndtri(u)", "law[0] + law[1] * u", "trigflow"),
+    (TRIG, "mix(batch.noise, -batch.x0,", "mix(batch.noise, batch.x0,", "trigflow"),
+    (TRIG, "(k + draw.uniform()) / count", "draw.uniform()", "trigflow"),
+    (TRIG, "reversed(range(count))", "range(count)", "trigflow"),
+    (TRIG, "turned(x, velocity, below - theta), below", "turned(x, velocity, theta - below), below", "trigflow"),
+    (TRIG, "(at.theta + h).clamp(max=angle(schedule, 1.0, at.theta))", "at.theta + h", "trigflow"),
+    (TRIG, "(like(speed, at.x) * at.velocity, speed)", "(like(speed, at.x) * at.velocity, None)", "trigflow"),
+    (TRIG, "(like(speed, at.x) * at.velocity, speed)", "(at.velocity, speed)", "trigflow"),
+    (TRIG, "like(speed / (ends[0] - ends[1]), at.x)", "like(1 / (ends[0] - ends[1]), at.x)", "trigflow"),
+    (TRIG, "g = -(cos**2) * (old - at.velocity)", "g = -cos * (old - at.velocity)", "trigflow"),
+    (TRIG, "- share * (cos * sin * at.x + slope)", "+ share * (cos * sin * at.x + slope)", "trigflow"),
+    (TRIG, "- share * (cos * sin * at.x + slope)", "- (cos * sin * at.x + share * slope)", "trigflow"),
+    (TRIG, "- share * (cos * sin * at.x + slope)", "- (cos * sin * at.x + slope)", "scm"),
+    (TRIG, "(old + g / like(size + c, g))", "(old - g / like(size + c, g))", "trigflow"),
+    (TRIG, "g / like(size + c, g)", "g", "trigflow"),
+    (TRIG, ".square().flatten(1).mean(1).sqrt()", ".square().flatten(1).sum(1).sqrt()", "trigflow"),
+    (SCM, "min(1.0, draw.step / self.warmup)", "draw.step / self.warmup", "scm"),
+    (SCM, "if self.warmup else 1.0", "if self.warmup else 0.0", "scm"),
+    (SCM, '"teacher" else None', '"data" else None', "scm"),
+    (SCM, "(-usual).exp() * error / theta.tan() + usual", "(-usual).exp() * error / theta.tan() - usual", "scm"),
+    (SCM, "error / theta.tan() + usual", "error + usual", "scm"),
+    (SCM, "first * 2 ** (step // self.double_every), last", "first * 2 ** (step // self.double_every), first", "scm"),
+    (SCM, "torch.where(like(end, x) > 0, x, target)", "target", "scm"),
+    (SCM, "/ (at.theta - below)", "", "scm"),
+    (SCM, "turned(at.x, at.velocity, below - at.theta)", "at.x", "scm"),
+    (SCM, "with torch.no_grad():", "with torch.enable_grad():", "scm"),
+    (SCM, "(square + self.huber**2).sqrt() - self.huber", "square.sqrt()", "scm"),
+    (RCM, "warm or draw.step % self.student_every == 0", "draw.step % self.student_every == 0", "rcm"),
+    (RCM, "if not warm:", "if True:", "rcm"),
+    (RCM, "self.matching * loss", "loss", "rcm"),
+    (RCM, 'batch.cond, draw, "trig")', "batch.cond, draw)", "rcm"),
+    (RCM, "torch.minimum(t, ", "(", "rcm"),
+    (RCM, "torch.set_grad_enabled(grad)", "torch.no_grad()", "rcm"),
+    (RCM, "x_t, t = draw.normal(batch.noise)", "x_t, t = batch.noise", "rcm"),
+    (RCM, "range(draw.choice(self.rollout))", "range(self.rollout)", "rcm"),
 ]
 
 
