@@ -24,8 +24,8 @@ ROLES = {  # a role or module -> what it is; student_1 counts as student
     "student": "what is sampled in the end",
     "fake": "the fake score: learns to denoise what the student makes, and so tells how likely that is",
     "target": "a running average of the student, which the student's target comes from",
-    "head": "the discriminator: tells pictures from the student's samples",
     "errors": "a small network that learns how large errors are at a noise level, and so how to weigh them",
+    "head": "the discriminator: tells the student's samples from pictures, or from what they should be",
 }
 NEEDS = {  # what data must fill -> the recipe's key for it, and what it is
     "prompts": ("data.prompts", "a text file with a prompt a line"),

@@ -158,7 +158,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         steps=len(how.hops),
         samplers=dict(sorted(samplers.items())),
         call={"guidance_scale": family.sampler_guidance if how.guidance is None else how.guidance} | size,
-        reseed=how.renoise and family.kind == "flow",
+        reseed=how.draws and family.kind == "flow",
         lora=lora,
         prompts=tuple((recipe.eval.prompts or read_prompts(recipe.data.prompts, 2))[:2]),
         versions={"stepdistill": __version__} | {name: metadata.version(name) for name in packages},

@@ -2,20 +2,22 @@
 
 Known of diffusers 0.42, each found by trying: LCMScheduler with original_inference_steps equal to its table's length T
 visits round(T k / N) - 1 for every N that divides T (with 100 it does for 1, 2, 4 and 5, but not for 8); DDIMScheduler
-steps down by T // N, so that it leaves its own trailing grid where N does not divide T.
+steps down by T // N, so that it leaves its own trailing grid where N does not divide T; TCDScheduler with
+original_inference_steps T visits T - 1 - floor(T k / N), ours where N divides T, and ends at timestep 0, not clean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
-from .diffusion import Kind, mix, read
+from .diffusion import Kind, Prediction, mix, read, transition
 from .sampling import Inference
 from .schedules import RectifiedFlow, Schedule, VariancePreserving
 
@@ -30,7 +32,9 @@ class Sampler:
 
     scheduler: str  # class in diffusers
     config: dict[str, Any]
-    call: dict[str, Any]  # of pipe(...): num_inference_steps; timesteps or sigmas only where no config gives the grid
+    call: dict[
+        str, Any
+    ]  # of pipe(...): num_inference_steps, TCD's eta; timesteps or sigmas only where no config gives the grid
     students: tuple[str, ...] = ("student",)  # who takes each step, or all of them
     comfyui: dict[str, Any] | None = None  # the same in words of ComfyUI; None: not known to be the same
     a1111: dict[str, Any] | None = None
@@ -96,7 +100,10 @@ def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any]
     table = {key: config[key] for key in TABLE if key in config} | {"prediction_type": NAMES[kind]}
     table |= {"clip_sample": False, "steps_offset": 1}  # no grid below uses the offset, but SD mends any other value
     grid, listed = {"num_inference_steps": n}, {"num_inference_steps": n, "timesteps": timesteps}
-    if how.renoise:
+    if how.eta is not None:
+        whole = table | {"original_inference_steps": last + 1}
+        yield from (Sampler("TCDScheduler", whole, call | {"eta": how.eta}) for call in (grid, listed))
+    elif how.renoise:
         for original in (last + 1, n):
             yield Sampler("LCMScheduler", table | {"original_inference_steps": original}, grid)
         yield Sampler("LCMScheduler", table | {"original_inference_steps": last + 1}, listed)
@@ -111,9 +118,15 @@ def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any]
 def on_flow(
     schedule: RectifiedFlow, config: Mapping[str, Any], how: Inference, passes_sigmas: bool = False
 ) -> Iterator[Sampler]:
-    """Proposals for rectified flow: the teacher's trailing grid by config alone, then any grid as `sigmas`."""
+    """Proposals for rectified flow: the teacher's trailing grid by config alone, then any grid as `sigmas`.
+
+    Raises:
+        ValueError: the sampler renoises in part.
+    """
+    if how.eta not in (None, 0, 1):
+        raise ValueError(f"eta {how.eta:g} is TCD's, which no scheduler does on flow but at its ends; set it to 0 or 1")
     n, size = len(how.hops), config.get("num_train_timesteps", 1000)
-    name = "FlowMatchLCMScheduler" if how.renoise else "FlowMatchEulerDiscreteScheduler"
+    name = "FlowMatchLCMScheduler" if how.draws else "FlowMatchEulerDiscreteScheduler"
     plain = {"num_train_timesteps": size, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
     if passes_sigmas:
         yield Sampler(name, plain | {"shift": schedule.shift}, {"num_inference_steps": n})
@@ -142,12 +155,13 @@ def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference, 
 
     Infinite if it refuses, if it counts other steps, or if it wants other initial noise.
     """
-    named = {key: value for key, value in sampler.call.items() if key != "num_inference_steps"}
+    named = {key: value for key, value in sampler.call.items() if key in ("timesteps", "sigmas")}
+    more = {key: value for key, value in sampler.call.items() if key == "eta"}
     if passes_sigmas and not named:
         named = {"sigmas": [1 - k / len(how.hops) for k in range(len(how.hops))]}
     try:
         scheduler = sampler.build()
-        scheduler.set_timesteps(**(named or sampler.call))
+        scheduler.set_timesteps(**(named or {"num_inference_steps": sampler.call["num_inference_steps"]}))
     except ValueError:
         return math.inf
     if len(scheduler.timesteps) != len(how.hops) or getattr(scheduler, "init_noise_sigma", 1) != 1:
@@ -158,14 +172,26 @@ def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference, 
     for i, (hop, timestep) in enumerate(zip(how.hops, scheduler.timesteps, strict=True)):
         off = max(off, abs(float(timestep) / size - hop.time))
         raw = x.tanh()
-        moved = scheduler.step(raw, timestep, x, generator=theirs, return_dict=False)[0]
-        p = read(kind, raw, x, *schedule.alpha_sigma(torch.tensor([hop.time], dtype=torch.float64)))
-        x = p.x0
-        if i + 1 < len(how.hops):
-            to = schedule.alpha_sigma(torch.tensor([how.hops[i + 1].time], dtype=torch.float64))
-            x = mix(p.x0, torch.randn(x.shape, generator=ours) if how.renoise else p.eps, *to)
+        moved = scheduler.step(raw, timestep, x, **more, generator=theirs, return_dict=False)[0]
+        p = read(kind, raw, x, *level(schedule, hop.time))
+        time = how.hops[i + 1].time if i + 1 < len(how.hops) else None
+        x = walked(schedule, how, p, time, lambda: torch.randn(x.shape, generator=ours))
         off = max(off, ((moved - x).abs().max() / (1 + x.abs().max())).item())
     return off
+
+
+def walked(schedule: Schedule, how: Inference, p: Prediction, time: float | None, noise: Callable[[], Tensor]) -> Tensor:
+    """Where the prediction leads: to a lower time or (None) the end. Our maths once more, for one sample."""
+    if how.eta is None:
+        return p.x0 if time is None else mix(p.x0, noise() if how.renoise else p.eps, *level(schedule, time))
+    since = level(schedule, 0.0 if time is None else schedule.scaled(time, 1 - how.eta))
+    x_s = mix(p.x0, p.eps, *since)
+    return x_s if time is None or not how.eta else mix(x_s, noise(), *transition(since, level(schedule, time)))
+
+
+def level(schedule: Schedule, time: float) -> tuple[Tensor, Tensor]:
+    """alpha and sigma [1] of a time."""
+    return schedule.alpha_sigma(torch.tensor([time], dtype=torch.float64))
 
 
 def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[str, Any]]:
@@ -176,7 +202,7 @@ def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[
     """
     n, times = len(how.hops), [hop.time for hop in how.hops]
     entries = [999 - int(k * 1000 / n) for k in range(n)]
-    comfyui = {"sampler": "lcm" if how.renoise else "euler", "scheduler": "simple", "cfg": 1.0}
+    comfyui = {"sampler": "lcm" if how.draws else "euler", "scheduler": "simple", "cfg": 1.0}
     roles = [hop.role for hop in how.hops]
     if len(set(roles)) > 1:  # one KSampler (Advanced) for each LoRA
         first = {role: roles.index(role) for role in roles}
@@ -184,7 +210,7 @@ def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[
     if isinstance(schedule, RectifiedFlow):
         simple = schedule.warp(torch.tensor([(entry + 1) / 1000 for entry in entries], dtype=torch.float64)).tolist()
         return {"comfyui": comfyui | {"ModelSamplingSD3 shift": schedule.shift}} if near(simple, times) else {}
-    if kind != "eps" or len(schedule.theta) != 1000:
+    if kind != "eps" or len(schedule.theta) != 1000 or how.eta is not None:  # of what ends at timestep 0 none is known
         return {}
     found = {"comfyui": comfyui} if near([entry / 999 for entry in entries], times) else {}
     if how.renoise and len(set(roles)) == 1 and near([(999 - 20 * int(k * 50 / n)) / 999 for k in range(n)], times):

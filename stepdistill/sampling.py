@@ -29,6 +29,12 @@ class Inference:
     renoise: bool = True  # new noise after each hop (LCM, DMD2); False: the deterministic DDIM or Euler step
     told: float | None = None  # the time that the network hears at every hop, if not the hop's own
     guidance: float | None = None  # told to a network that embeds its guidance scale
+    eta: float | None = None  # TCD's gamma in [0, 1], see `step`; None: as renoise says, and clean in the end
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is new noise after each hop."""
+        return self.renoise if self.eta is None else self.eta > 0
 
 
 Normal = Callable[[Tensor], Tensor]  # x -> standard normal noise of x's shape
@@ -44,16 +50,27 @@ def rollout(roles: Roles, how: Inference, x_t: Tensor, cond, normal: Normal, k: 
 
 @torch.no_grad()
 def sample(roles: Roles, how: Inference, noise: Tensor, cond, normal: Normal = torch.randn_like, null=None) -> Tensor:
-    """Clean latents [B, ...] from pure noise, in one network evaluation a hop (two if it is guided)."""
+    """Latents [B, ...] from pure noise, in one network evaluation a hop (two if it is guided): clean ones or, with eta, those
+    at time 0, where tables leave a little noise."""
     last = len(how.hops) - 1
     x_t, _ = rollout(roles, how, noise, cond, normal, last, null)
-    return ask(roles, how, how.hops[last], x_t, cond, null).x0
+    p = ask(roles, how, how.hops[last], x_t, cond, null)
+    return p.x0 if how.eta is None else roles.move(p, p.x0.new_zeros(len(p.x0)))
 
 
 def step(roles: Roles, how: Inference, p: Prediction, time: float, normal: Normal) -> Tensor:
-    """From a prediction to x at a lower noise level, [B, ...]."""
-    t = p.x0.new_full([len(p.x0)], time)
-    return roles.noise(p.x0, t, normal(p.x0)) if how.renoise else roles.move(p, t)
+    """From a prediction to x at a lower noise level, [B, ...].
+
+    With eta, strategic stochastic sampling: deterministically to 1 - eta of that time, then up by new noise. TCD,
+    arXiv:2402.19159, Alg. 4.
+    """
+    full = p.x0.new_full([len(p.x0)], 1.0)
+    t = full * time
+    if how.eta is None:
+        return roles.noise(p.x0, t, normal(p.x0)) if how.renoise else roles.move(p, t)
+    s = full * roles.schedule.scaled(time, 1 - how.eta)
+    x_s = roles.move(p, s)
+    return roles.noise(x_s, t, normal(x_s), s) if how.draws else x_s
 
 
 def ask(roles: Roles, how: Inference, hop: Hop, x_t: Tensor, cond, null=None):

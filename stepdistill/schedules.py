@@ -6,6 +6,7 @@ Every schedule is an angle theta(t) = atan2(sigma, alpha); `time` inverts it, `w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +24,11 @@ class Schedule(Protocol):
     def warp(self, u: Tensor) -> Tensor:
         """Uniform numbers in [0, 1] -> times with the density that the teacher's own sampler has (its shift)."""
 
-    def unwarp(self, t: float) -> float:
-        """The number that `warp` takes to time t."""
+    def unwarp(self, t: float | Tensor) -> float | Tensor:
+        """The numbers that `warp` takes to times t."""
+
+    def scaled(self, t: float, by: float) -> float:
+        """The time `by` t, by in [0, 1]; on a table that of a whole entry, rounded down as TCDScheduler does."""
 
     def grid(self, n: int) -> tuple[float, ...]:
         """The n + 1 times 0 = g[0] < ... < g[n] of n equal solver steps; g[:0:-1] is the sampler's "trailing" grid."""
@@ -45,8 +49,11 @@ class RectifiedFlow:
     def warp(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)
 
-    def unwarp(self, t: float) -> float:
+    def unwarp(self, t: float | Tensor) -> float | Tensor:
         return t / (self.shift - (self.shift - 1) * t)
+
+    def scaled(self, t: float, by: float) -> float:
+        return by * t
 
     def grid(self, n: int) -> tuple[float, ...]:
         return tuple(self.warp(torch.arange(n + 1, dtype=torch.float64) / n).tolist())
@@ -82,8 +89,12 @@ class VariancePreserving:
     def warp(self, u: Tensor) -> Tensor:
         return u
 
-    def unwarp(self, t: float) -> float:
+    def unwarp(self, t: float | Tensor) -> float | Tensor:
         return t
+
+    def scaled(self, t: float, by: float) -> float:
+        last = len(self.theta) - 1
+        return math.floor(by * torch.tensor(round(t * last))) / last  # in float32: 0.7 of 10 may be 6 there
 
     def grid(self, n: int) -> tuple[float, ...]:
         size = len(self.theta)

@@ -42,6 +42,9 @@ CASES = {  # of exports: teacher, strategy, overrides
     "dmd2-flux-renoising": ("flux", "{name: dmd2, guidance: 1, renoise: true}", ["data.resolution=16"]),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
+    "tscd-eps": ("eps", "{name: tscd, segments: [1], mix: [0.1], eta: 0.3}", ["train.ema=0.9"]),
+    "tscd-own-steps-eps": ("eps", "{name: tscd, segments: [4], mix: [0.0]}", []),
+    "tscd-flow": ("flow", "{name: tscd, segments: [1], mix: [0.0]}", []),
     **{f"lcm-{Path(source).name}": (source, "{name: lcm}", []) for source in embedded_models()},
 }
 PROMPTS = ["a large red circle", "a small blue star"]
@@ -59,7 +62,7 @@ def student(folder: Path, teacher: str = "eps", *overrides: str, strategy: str =
     prompts.write_text("\n".join(PROMPTS))
     run.mkdir(exist_ok=True)
     recipe = run / "recipe.yaml"
-    needs = "stepdistill/tiny" if any(name in strategy for name in ("lcm", "f_distill", "scm", "rcm")) else "null"
+    needs = "stepdistill/tiny" if any(name in strategy for name in ("lcm", "f_distill", "scm", "rcm", "tscd")) else "null"
     recipe.write_text(
         f"name: tiny\nmodel: {{source: {model}}}\nlora: {{rank: 4}}\nstrategy: {strategy}\n"
         f"data: {{prompts: {prompts}, images: {needs}}}\ntrain: {{steps: 1}}\n"

@@ -16,7 +16,7 @@ from stepdistill.recipe import shown
 from stepdistill.strategies import STRATEGIES
 
 EVERY = pytest.mark.parametrize("name", STRATEGIES)
-MORE = {"dmd2": {"gan": 1.0}}  # settings with which a strategy logs all that it can
+MORE = {"dmd2": {"gan": 1.0}, "tscd": {"mix": (0.1,) * 4}}  # settings with which a strategy logs all that it can
 
 
 def words(text: str) -> str:

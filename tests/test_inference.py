@@ -46,6 +46,25 @@ def test_a_flow_pipeline_keeps_its_generator_from_a_re_noising_scheduler(exporte
     assert not serving(student(tmp_path, "flow", strategy="{name: dmd2}")).reseed
 
 
+def test_eta_is_an_argument(tmp_path):
+    told = serving(student(tmp_path, strategy="{name: tscd, segments: [1], mix: [0.0], eta: 0.3}"))
+    assert told.arguments == {"num_inference_steps": 4, "eta": 0.3, "guidance_scale": 1.0}
+    assert list(told.samplers) == [1, 2, 4, 8] and told.at(2).arguments["eta"] == 0.3
+    own = serving(student(tmp_path, strategy="{name: tscd, segments: [4], mix: [0.0]}"))
+    assert list(own.samplers) == [4] and own.sampler.scheduler == "DDIMScheduler" and "eta" not in own.arguments
+
+
+@pytest.mark.parametrize(("eta", "reseed"), [("0.0", False), ("1.0", True)])
+def test_eta_on_flow(tmp_path, eta, reseed):
+    strategy = f"{{name: tscd, segments: [1], mix: [0.0], eta: {eta}}}"
+    assert serving(student(tmp_path, "flow", strategy=strategy)).reseed == reseed
+
+
+def test_eta_that_flow_has_not_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"stock pipeline cannot sample.*set it to 0 or 1"):
+        serving(student(tmp_path, "flow", strategy="{name: tscd, segments: [1], mix: [0.0], eta: 0.3}"))
+
+
 def test_a_student_that_is_told_its_guidance(tmp_path):
     told = serving(student(tmp_path, "eps", "lora=null", strategy="{name: lcm, embed_guidance: 3.0}"))
     assert told.call == {"guidance_scale": 3.0} and told.lora is None

@@ -84,6 +84,27 @@ def test_every_number_of_steps_is_served(teacher, renoise):
         assert find(teacher, n, renoise).call["num_inference_steps"] == n  # what is found has been tried on numbers
 
 
+@pytest.mark.parametrize("n", GRIDS)
+@pytest.mark.parametrize("teacher", ["eps", "v"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_eta_is_an_argument_of_tcd_scheduler(teacher, n, eta):
+    sampler = find(teacher, n, eta=eta)
+    scheduler = sampler.build()
+    scheduler.set_timesteps(n)
+    assert (sampler.scheduler, sampler.call) == ("TCDScheduler", {"num_inference_steps": n, "eta": eta})
+    assert scheduler.timesteps.tolist() == GRIDS[n] and sampler.comfyui is None and sampler.a1111 is None
+
+
+def test_eta_on_other_grids_and_on_flow():
+    assert find("eps", 3, eta=0.3).call == {"num_inference_steps": 3, "timesteps": [999, 666, 332], "eta": 0.3}
+    assert find("eps", 2, eta=0.5, hops=(Hop(800 / 999), Hop(500 / 999))).call["timesteps"] == [800, 500]
+    for n in (1, 2, 4):
+        for eta, renoise in ((0.0, False), (1.0, True)):
+            assert find("shift3", n, eta=eta) == find("shift3", n, renoise)
+    with pytest.raises(ValueError, match=r"eta 0.3 is TCD's.*set it to 0 or 1"):
+        find("flow", 2, eta=0.3)
+
+
 def test_times_of_ones_own():
     assert find("eps", 1, hops=(Hop(399 / 999),)).call["timesteps"] == [399]  # DMD2's one step of SDXL
     assert find("eps", 3).call["timesteps"] == [999, 666, 332]
@@ -121,6 +142,20 @@ def test_a_wrong_scheduler_is_found_out(teacher, n, renoise, scheduler, config, 
     table = {} if kind == "flow" else SD_SCHEDULER
     sampler = Sampler(scheduler, table | config, {"num_inference_steps": n} | call)
     assert deviation(sampler, schedule, kind, Inference(trailing(schedule.grid(n)), renoise)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config", "call"),
+    [
+        pytest.param("TCDScheduler", {"original_inference_steps": 1000}, {"eta": 0.4}, id="more noise"),
+        pytest.param("TCDScheduler", {"original_inference_steps": 1000}, {}, id="its own eta"),
+        pytest.param("TCDScheduler", {}, {"eta": 0.5}, id="visits 759, not 749"),
+        pytest.param(DDIM, {"timestep_spacing": "trailing"}, {"eta": 0.5}, id="DDIM's eta is another"),
+    ],
+)
+def test_a_wrong_eta_is_found_out(scheduler, config, call):
+    sampler = Sampler(scheduler, SD_SCHEDULER | config, {"num_inference_steps": 4} | call)
+    assert deviation(sampler, VP, "eps", Inference(trailing(VP.grid(4)), eta=0.5)) > 10 * TOLERANCE
 
 
 def test_clipping_is_found_out():

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
-from worlds import F64, FLOW, PROCESSES, SD_SCHEDULER, VP, Consistency, Gaussian, Mixture, play, spread
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
+from worlds import F64, FLOW, PROCESSES, SD_SCHEDULER, SHIFTED, VP, Consistency, Gaussian, Mixture, Solver, play, spread
 
 from stepdistill.sampling import Hop, Inference, rollout, sample, trailing
 
@@ -59,6 +59,61 @@ def test_renoising_is_the_loop_of_lcm_scheduler(kind, steps, original):
     generator = torch.Generator().manual_seed(1)
     got = sample(roles, Inference(hops(VP, steps)), NOISE, {}, lambda x: torch.randn(x.shape, generator=generator, dtype=F64))
     assert torch.allclose(got, clean, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_eta_is_the_loop_of_tcd_scheduler(kind, steps, eta):
+    """To the end, which is timestep 0 and not clean."""
+    roles = play(VP, kind, Mixture(), student=Mixture())
+    types = {"eps": "epsilon", "v": "v_prediction"}
+    stock = TCDScheduler(**SD_SCHEDULER, prediction_type=types[kind], original_inference_steps=1000)
+    stock.set_timesteps(steps)
+    x, generator = NOISE, torch.Generator().manual_seed(1)
+    for k in stock.timesteps:
+        raw = roles.student.family.forward(roles.student.net, x, torch.full([3], k.item() / 999, dtype=F64), {})
+        x = stock.step(raw, k, x, eta, generator, return_dict=False)[0]
+    drawn, generator = [], torch.Generator().manual_seed(1)
+    how = Inference(hops(VP, steps), eta=eta)
+    got = sample(roles, how, NOISE, {}, lambda x: drawn.append(1) or torch.randn(x.shape, generator=generator, dtype=F64))
+    assert (
+        torch.allclose(got, x, rtol=0, atol=1e-5) and len(drawn) == (steps - 1 if how.draws else 0) and how.draws == (eta > 0)
+    )
+    if steps == 1:  # the little noise of timestep 0 is left
+        assert (got - sample(roles, Inference(hops(VP, 1)), NOISE, {})).abs().max() > 1e-3
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_an_exact_student_with_all_new_noise_samples_the_data_in_any_number_of_steps(schedule, kind, steps):
+    """At time 0, where the exact marginal of what comes out is that of the ODE from what went in."""
+    (a_0, s_0), (a_1, s_1) = ([c.item() for c in schedule.alpha_sigma(torch.tensor([t], dtype=F64))] for t in (0.0, 1.0))
+    exact = Solver(M, C, schedule, torch.zeros_like)
+    roles, how = play(schedule, kind, Gaussian(M, C), student=exact), Inference(hops(schedule, steps), eta=1.0)
+    axes = iter(torch.eye(steps, dtype=F64)[:, None])
+    mean = sample(roles, how, torch.full((1, steps), a_1 * M, dtype=F64), {}, torch.zeros_like)
+    noise = a_1 * M + spread(a_1, s_1, C) * next(axes)  # of the marginal at time 1
+    varied = sample(roles, how, noise, {}, lambda x: next(axes)) - mean
+    assert next(axes, None) is None
+    assert mean.flatten().tolist() == pytest.approx([a_0 * M] * steps, rel=1e-9)
+    assert varied.norm().item() == pytest.approx(spread(a_0, s_0, C), rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, SHIFTED])
+def test_eta_on_flow_goes_from_euler_to_new_noise(schedule):
+    roles = play(schedule, "flow", Mixture(), student=Mixture())
+    for eta, renoise in ((0.0, False), (1.0, True)):
+        one, other = (
+            sample(roles, how, NOISE, {}, torch.ones_like)
+            for how in (Inference(hops(schedule, 4), eta=eta), Inference(hops(schedule, 4), renoise))
+        )
+        assert torch.allclose(one, other, rtol=1e-12)
+    how = Inference((Hop(1.0), Hop(0.5)), eta=0.2)
+    p = roles.student(NOISE, NOISE.new_ones(3), {})
+    x_s = 0.6 * p.x0 + 0.4 * p.eps  # at 0.8 of 0.5
+    want = 0.5 / 0.6 * x_s + (0.5**2 - (0.5 / 0.6 * 0.4) ** 2) ** 0.5
+    assert torch.allclose(rollout(roles, how, NOISE, {}, torch.ones_like, 1)[0], want, rtol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])

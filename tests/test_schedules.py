@@ -91,6 +91,14 @@ def test_vp_grid_of_50_is_the_one_of_lcm():
     assert timesteps(VP.grid(50)) == stock.timesteps.tolist()
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.16, 0.3, 0.35, 0.9, 1.0])
+def test_scaled_times_are_the_whole_timesteps_of_tcd(eta):
+    k = torch.arange(1000)
+    rounded = torch.floor((1 - eta) * k).long()  # as TCDScheduler.step says it
+    assert [round(VP.scaled(j / 999, 1 - eta) * 999) for j in k.tolist()] == rounded.tolist()
+    assert VP.scaled(499 / 999, 1.0) == 499 / 999 and SHIFTED.scaled(0.8, 1 - eta) == pytest.approx(0.8 * (1 - eta))
+
+
 @pytest.mark.parametrize("schedule", [FLOW, SHIFTED])
 @pytest.mark.parametrize("n", [1, 4, 7])
 def test_flow_grid_is_flow_match_euler(schedule, n):

@@ -25,6 +25,7 @@ STRATEGIES = {
     "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
     "vsd": "{name: vsd}",
     "phased_dmd": "{name: phased_dmd, steps: 2, phase_steps: 2, student_every: 1, guidance: 2}",
+    "tscd": "{name: tscd, segments: [2, 1], stage_steps: 2, mix: [0.1, 0.2], grid: 4, guidance: [1, 3], ema: 0.9}",
     "dmd": "{name: dmd}",
     "scm": "{name: scm, guidance: 2}",
     "rcm": "{name: rcm, guidance: 2, warmup: 1, student_every: 2}",

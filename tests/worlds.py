@@ -77,17 +77,19 @@ class Consistency(nn.Module):
 
 
 class Solver(nn.Module):
-    """A teacher of N(mean, std^2) whose DDIM or Euler step from time t to jump(t) lands on the exact ODE trajectory."""
+    """One of N(mean, std^2) whose DDIM or Euler step from time t to jump(t) lands on the exact ODE trajectory, times gain,
+    plus shift."""
 
-    def __init__(self, mean: float | None, std: float, schedule: Schedule, jump):
+    def __init__(self, mean: float | None, std: float, schedule: Schedule, jump, gain=1.0, shift=0.0):
         super().__init__()
-        self.mean, self.std, self.schedule, self.jump = mean, std, schedule, jump
+        self.mean, self.std, self.schedule, self.jump, self.gain, self.shift = mean, std, schedule, jump, gain, shift
 
     def forward(self, x_t, a, s, cond):
         mean = cond["mean"] if self.mean is None else self.mean
         t = self.schedule.time(torch.atan2(s, a).flatten())
         a_s, s_s = (like(c, x_t) for c in self.schedule.alpha_sigma(self.jump(t)))
-        x_s = a_s * mean + spread(a_s, s_s, self.std) / spread(a, s, self.std) * (x_t - a * mean)
+        away = spread(a_s, s_s, self.std) / spread(a, s, self.std) * (x_t - a * mean)
+        x_s = a_s * mean + self.gain * away + self.shift
         determinant = a_s * s - a * s_s
         return (s * x_s - s_s * x_t) / determinant, (a_s * x_t - a * x_s) / determinant
 

@@ -8,6 +8,7 @@ from .lcm import LCM
 from .phased_dmd import PhasedDMD
 from .rcm import RCM
 from .scm import SCM
+from .tscd import TSCD
 from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -18,5 +19,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "phased_dmd": PhasedDMD,
     "rcm": RCM,
     "scm": SCM,
+    "tscd": TSCD,
     "vsd": VSD,
 }

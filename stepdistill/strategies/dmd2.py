@@ -138,7 +138,7 @@ class DMD2(Strategy):
         loss = fit_fake(roles, x0, batch.cond, draw, self.fake_loss)
         yield "critic", loss, {"denoising": loss}
         if self.gan:
-            yield discriminate(self.head, self.gan_on, roles, x0, batch, draw, self.gan_critic)
+            yield discriminate(self.head, self.gan_on, roles, batch.x0, x0, batch.cond, draw, self.gan_critic)
 
     def match(self, roles: Roles, x0: Tensor, time: float, batch: Batch, draw: Draw) -> Tensor:
         """Distribution matching at one random time for each sample, Eq. 3; time: of the student's evaluation."""

@@ -115,7 +115,7 @@ class FDistill(Strategy):
         x0 = x0.detach()
         loss = fit_fake(roles, x0, batch.cond, draw, self.fake_loss)
         yield "critic", loss, {"denoising": loss}
-        yield discriminate(self.head, self.gan_on, roles, x0, batch, draw, self.gan_critic)
+        yield discriminate(self.head, self.gan_on, roles, batch.x0, x0, batch.cond, draw, self.gan_critic)
 
     def match(self, roles: Roles, x0: Tensor, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted distribution matching, the GAN loss at the same x_t, and the weights h [B]."""

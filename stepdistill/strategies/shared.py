@@ -59,8 +59,9 @@ def any_steps(name: str, schedule: Schedule, steps: int, times: tuple[float, ...
     return trailing(schedule.grid(asked or steps)) if times is None else own_steps(name, schedule, steps, times, asked)
 
 
-def times_above(since: float, schedule: Schedule, draw: Draw, low: float, high: float) -> Tensor:
-    """Random times [B] between `since` and 1, uniform before the schedule's warp, off the ends by shares low and 1 - high."""
+def times_above(since: float | Tensor, schedule: Schedule, draw: Draw, low: float, high: float) -> Tensor:
+    """Random times [B] between `since` (a number or [B]) and 1, uniform before the schedule's warp, off the ends by the shares
+    low and 1 - high."""
     least = schedule.unwarp(since)
     return schedule.warp(least + (1 - least) * draw.uniform(low, high))
 
@@ -119,14 +120,27 @@ class Head(nn.Module):
         return self.layers(tokens)[..., 0]
 
 
-def logits(head: Head, reads: str, roles: Roles, x0: Tensor, cond: dict[str, Tensor], draw: Draw) -> Tensor:
-    """The discriminator on clean samples x0 [B, ...], noised to random times: [B, L], from the features of role `reads`."""
-    t = roles.schedule.warp(draw.uniform(*INSIDE))
-    return head(roles[reads].features(roles.noise(x0, t, draw.normal(x0)), t, cond)[1])
+def logits(
+    head: Head, reads: str, roles: Roles, x: Tensor, cond: dict[str, Tensor], draw: Draw, since: Tensor | None = None
+) -> Tensor:
+    """The discriminator on samples x [B, ...] at times `since` [B] (None: clean), noised on to random times: [B, L], from the
+    features of role `reads`."""
+    t = times_above(0.0 if since is None else since, roles.schedule, draw, *INSIDE)
+    return head(roles[reads].features(roles.noise(x, t, draw.normal(x), since), t, cond)[1])
 
 
-def discriminate(head: Head, reads: str, roles: Roles, x0: Tensor, batch: Batch, draw: Draw, weight: float) -> Loss:
-    """The critic's loss of telling pictures from the student's samples x0 [B, ...] (detached). DMD2, Sec. 4.3."""
-    real, fake = (logits(head, reads, roles, x, batch.cond, draw) for x in (batch.x0, x0))
+def discriminate(
+    head: Head,
+    reads: str,
+    roles: Roles,
+    real: Tensor,
+    fake: Tensor,
+    cond: dict[str, Tensor],
+    draw: Draw,
+    weight: float = 1.0,
+    since: Tensor | None = None,
+) -> Loss:
+    """The critic's loss of telling real samples from the student's [B, ...] (detached), as in `logits`. DMD2, Sec. 4.3."""
+    real, fake = (logits(head, reads, roles, x, cond, draw, since) for x in (real, fake))
     loss = gan_critic(real, fake)
     return "critic", weight * loss, {"gan": loss, "real": real.mean(), "fake": fake.mean()}

@@ -13,7 +13,7 @@ from stepdistill import distributed
 from stepdistill.batch import Batch, Draw
 from stepdistill.families import FAMILIES
 from stepdistill.roles import build_roles, enable_checkpointing
-from stepdistill.strategies import DMD2, RCM, SCM, STRATEGIES, VSD, FDistill, PhasedDMD
+from stepdistill.strategies import DMD2, RCM, SCM, STRATEGIES, TSCD, VSD, FDistill, PhasedDMD
 
 OWN = {  # fields that make one step move every player; others have their defaults
     "dmd2, gan": DMD2(student_every=1, gan=0.1, steps=2),
@@ -22,6 +22,7 @@ OWN = {  # fields that make one step move every player; others have their defaul
     "phased_dmd": PhasedDMD(student_every=1, steps=2),
     "scm, exact": SCM(difference=None, trajectory=1),
     "rcm": RCM(warmup=0, student_every=2),
+    "tscd, score": TSCD(score=True, steps=1, student_every=1),
     "vsd": VSD(guidance=(2.0, 4.0)),
 }
 CASES = OWN | {name: kind() for name, kind in STRATEGIES.items() if name not in OWN}

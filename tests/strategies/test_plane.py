@@ -7,7 +7,7 @@ import pytest
 from plane import FLOW, MODES, Plane, apart, distil, euler, samples, shares, teacher
 
 from stepdistill.roles import Denoiser, Roles
-from stepdistill.strategies import DMD, DMD2, LCM, RCM, SCM, VSD, FDistill, PhasedDMD
+from stepdistill.strategies import DMD, DMD2, LCM, RCM, SCM, TSCD, VSD, FDistill, PhasedDMD
 
 N = 8192
 CASES = {  # strategy, iterations of 128 samples, learning rate
@@ -32,6 +32,9 @@ CASES = {  # strategy, iterations of 128 samples, learning rate
         1e-3,
     ),
     "rcm": (RCM(steps=2, guidance=1.0, warmup=50, student_every=2), 400, 1e-3),
+    "tscd": (TSCD((2, 1), 100, (1.0, 1.0), mix=(0.0, 0.1), grid=32, ema=0.95, steps=2), 250, 1e-3),
+    "tscd, 2 segments": (TSCD((4, 2), 100, (1.0, 1.0), mix=(0.0, 0.0), grid=32, ema=0.95, steps=2), 250, 1e-3),
+    "tscd, score": (TSCD((2, 1), 50, (1.0, 1.0), mix=(0.0, 0.0), grid=32, steps=1, score=True, student_every=2), 300, 2e-3),
     "vsd": (VSD(guidance=(1.0, 1.0)), 400, 2e-3),
 }
 
