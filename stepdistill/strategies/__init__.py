@@ -1,6 +1,7 @@
 """The strategies by their YAML names."""
 
 from .base import Strategy
+from .boot import BOOT
 from .dmd import DMD
 from .dmd2 import DMD2
 from .f_distill import FDistill
@@ -12,6 +13,7 @@ from .tscd import TSCD
 from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {
+    "boot": BOOT,
     "dmd": DMD,
     "dmd2": DMD2,
     "f_distill": FDistill,

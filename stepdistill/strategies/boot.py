@@ -1,0 +1,110 @@
+"""Data-free distillation with bootstrapping. BOOT, Gu et al. 2023, arXiv:2306.05544."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..diffusion import like
+from ..fields import ranged
+from ..roles import Denoiser, Roles
+from ..sampling import Hop, Inference
+from .base import Strategy
+from .shared import renoises
+
+
+@dataclass
+class BOOT(Strategy):
+    """The student sees pure noise alone and is told a time, and learns which signal the teacher's solver has made of that noise
+    by then: each from what it says itself of the time before. So it never needs a point of a trajectory, and no data.
+
+    Its network hears another time than that of its input; told 0, it says what becomes of the noise in the end.
+
+    Objective: one solver step of the guided teacher from the student's own signal y(z, t) must give the next one.
+
+        x_t    = alpha_t y(z, t) + sigma_t eps    eps = z / sigma_1; y(z, 1) = 0, so that x_1 = z
+        D      = D_null + w (D_cond - D_null)     of the teacher at x_t, w = guidance
+        kappa  = 1 - alpha_t sigma_s / (alpha_s sigma_t)    s the point of the grid below t; 1 where s = 0
+        L      = mean((y(z, s) - sg(y(z, t) + kappa (D - y(z, t))))^2)    t uniform on the grid
+
+        boundary      weight beta of the samples with t = 1, whose target is kappa D(z, 1)
+        solver: heun  D is the mean of itself and of D where its step arrives, except where s = 0
+
+    sg stops the gradient: it reaches y(z, s) alone. y(z, t) comes of the student itself or, with ema, of its average. The step
+    is exactly DDIM (flow: Euler) in terms of y, so a student without loss is where that sampler takes z in as many steps. Where
+    alpha_1 = 0, as on flow, kappa is 1 at t = 1, and the boundary loss the paper's, |y - D(z, 1)|^2. DDPM tables leave alpha_1
+    above 0, but a sampler starts from z there too: hence y(z, 1) = 0 and the sigma_1 in eps. The grid stands for the paper's
+    delta; its weights w(t) / delta^2 are not confirmed, and here all t weigh the same.
+    """
+
+    guidance: float = ranged(4.0, low=1)  # scale of the teacher
+    grid: int = ranged(8, low=1, high=1000)  # solver steps N from noise to data; the student is told the points below noise
+    boundary: float = ranged(1.0, low=0)  # weight beta of the boundary's samples beside the others (not confirmed)
+    solver: Literal["ddim", "heun"] = "ddim"  # of the teacher's step; heun asks it twice (reported, not confirmed)
+    progressive: int = ranged(0, low=0)  # iterations in which t spreads from 1 over the grid (not confirmed); 0: at once
+    ema: float | None = ranged(None, low=0, below=1)  # decay of the target network (0.95); null: the student itself
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("student",) if self.ema is None else ("student", "target")
+
+    def enter(self, roles, stage):
+        if "target" in roles:
+            roles.target.follow(roles.student)  # a LoRA's A is random: an average must start from the same A
+
+    def losses(self, roles, batch, draw):
+        z, times = batch.noise, roles.schedule.grid(self.grid)
+        times = torch.tensor(times, dtype=z.dtype, device=z.device)
+        n = draw.integer(self.grid - self.reach(draw.step) + 1, self.grid + 1)
+        t, s, first = times[n], times[n - 1], n == self.grid  # [B], s < t
+        with torch.no_grad():
+            y = signal(roles["student" if self.ema is None else "target"], batch, t)
+            target = self.descend(roles, batch, torch.where(like(first, z) == 1, 0, y), t, s)
+        error = (signal(roles.student, batch, s) - target).square().flatten(1).mean(1)  # [B]
+        loss = torch.where(first, self.boundary * error, error).mean()
+        yield "student", loss, {"bootstrapping": mean_of(error, ~first), "boundary": mean_of(error, first)}
+
+    def reach(self, step: int) -> int:
+        """How many points of the grid, from noise down, t may be."""
+        return math.ceil(self.grid * min(1.0, (step + 1) / self.progressive)) if self.progressive else self.grid
+
+    def descend(self, roles: Roles, batch: Batch, y: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The signal at times s [B], by one step of the guided teacher from the signal y [B, ...] at t.
+
+        With u = alpha / sigma the teacher's ODE is d(u y) / du = D: its Euler step is DDIM, its Heun step has the mean of D.
+        """
+        (_, s_1), (a_t, s_t), (a_s, s_s) = map(roles.schedule.alpha_sigma, (torch.ones_like(t), t, s))
+        kappa = like(torch.where(s == 0, 1, 1 - a_t * s_s / (a_s * s_t)), y)
+        eps = batch.noise / like(s_1, y)
+
+        def clean(y: Tensor, t: Tensor) -> Tensor:
+            return roles.teacher.guided(roles.noise(y, t, eps), t, batch.cond, batch.null, self.guidance).x0
+
+        d = clean(y, t)
+        if self.solver == "heun":  # but the last step is DDIM's: at s = 0 the teacher would only repeat what it is shown
+            d = torch.where(like(s, y) == 0, d, (d + clean(y.lerp(d, kappa), s)) / 2)
+        return y.lerp(d, kappa)
+
+    def after_step(self, roles, moved):
+        if self.ema is not None and "student" in moved:
+            roles.target.follow(roles.student, self.ema)
+
+    def inference(self, schedule, steps=None):
+        if steps not in (None, 1):
+            raise ValueError(f"a BOOT student takes one step, not {steps}; set steps to 1")
+        return Inference((Hop(1.0),), renoise=renoises(None, schedule), told=0.0)
+
+
+def signal(role: Denoiser, batch: Batch, told: Tensor) -> Tensor:
+    """What a role makes of the batch's noise [B, ...] where its network is told times [B]."""
+    return role(batch.noise, torch.ones_like(told), batch.cond, told).x0
+
+
+def mean_of(error: Tensor, which: Tensor) -> Tensor:
+    """The mean of those [B] that are marked; 0 if none is."""
+    return (error * which).sum() / which.sum().clamp(min=1)
