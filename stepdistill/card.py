@@ -62,6 +62,7 @@ def snippet(told: Serving) -> str:
     if form in WHOLE:
         source = f'f"{{here}}/{files[0]}"'
     lines = [
+        *(["import inspect", ""] if told.sampler.told is not None else []),
         "import torch",
         f"from diffusers import {', '.join(sorted([scheduler, told.pipeline]))}",
         "",
@@ -74,6 +75,7 @@ def snippet(told: Serving) -> str:
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")',
         *(turns(told, form, files) if len(files) > 1 else []),
+        *(another_time(told) if told.sampler.told is not None else []),
         "image = pipe(",
         f"    {json.dumps(told.prompts[0], ensure_ascii=False)},",
         *(f"    {name}={value!r}," for name, value in told.arguments.items()),
@@ -83,6 +85,22 @@ def snippet(told: Serving) -> str:
         'image.save("picture.png")',
     ]
     return "\n".join(lines)
+
+
+def another_time(told: Serving) -> list[str]:
+    """Lines that let the network hear another time than its scheduler's."""
+    options = f"{told.sampler.told}, dtype=torch.float32"
+    return [
+        "",
+        "",
+        f"def hear(net, args, kwargs):  # at whatever timestep, the network is told {told.sampler.told:g}",
+        "    call = inspect.signature(net.forward).bind(*args, **kwargs)",
+        f'    call.arguments["timestep"] = torch.full_like(call.arguments["timestep"], {options})',
+        "    return call.args, call.kwargs",
+        "",
+        "",
+        f"pipe.{told.network}.register_forward_pre_hook(hear, with_kwargs=True)",
+    ]
 
 
 def turns(told: Serving, form: str, files: Sequence[str]) -> list[str]:
@@ -138,6 +156,11 @@ def notes(told: Serving) -> str:
         lines.append("Each student takes its own steps, and none can take another's.")
         if told.lora:
             lines[-1] += " In ComfyUI that is one KSampler (Advanced) for each LoRA, one after the other; A1111 cannot."
+    if told.sampler.told is not None:
+        lines.append(
+            "No stock scheduler tells a network another time than its own: the snippet wraps the network, and "
+            "`stepdistill.load_pipeline` does it too. ComfyUI and A1111 cannot."
+        )
     if Path(told.base).is_dir():
         lines.append(f"`{told.base}` is a folder of the machine that exported this; elsewhere, mend the path.")
     return "\n".join(f"- {line}" for line in lines)

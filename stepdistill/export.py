@@ -65,7 +65,7 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
         ExportMismatch: see `check_export`.
     """
     told = serving(distillation)
-    told = dataclasses.replace(told, files=names(distillation, told.students, formats))
+    told = dataclasses.replace(told, files=names(distillation, told, formats))
     if out.exists() and not (out / SIDECAR).is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an export; give a new folder with --out")
     tmp, old = (out.with_name(f".{out.name}.{word}") for word in ("tmp", "old"))
@@ -96,13 +96,14 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     return finding
 
 
-def names(distillation: Distillation, students: Sequence[str], formats: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+def names(distillation: Distillation, told: Serving, formats: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
     """The files to write, format to a name for each student, the one that a snippet should load first.
 
     Raises:
         UserError: a format that these students or this family have not.
     """
-    recipe, family, alone = distillation.recipe, distillation.family, len(students) == 1
+    recipe, family, students = distillation.recipe, distillation.family, told.students
+    alone = len(students) == 1
     if recipe.lora is None:
         for form in set(formats or ()) - {"diffusers"}:
             raise UserError(f"format {form} needs a LoRA, but lora is null, so a whole pipeline is written; leave it out")
@@ -113,6 +114,8 @@ def names(distillation: Distillation, students: Sequence[str], formats: Sequence
         "fused": ("fused",),
     }
     lacks = {} if family.kohya_prefix else {"kohya": f"{family.pipeline} has no kohya file"}
+    if told.sampler.told is not None:
+        lacks["kohya"] = "no program that reads kohya files tells a network another time than its sampler's"
     lacks |= {} if alone else {"fused": f"one fused network cannot hold {len(students)} students"}
     fits = [form for form in FORMATS if form not in lacks]
     for form in formats or ():

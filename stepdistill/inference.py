@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
 from . import __version__
 from .assemble import Distillation
@@ -26,7 +27,7 @@ from .samplers import Sampler, find_sampler
 from .sources import embedded_models
 
 SIDECAR = "stepdistill.json"
-FORMAT = 2  # of the sidecar; a change that old code cannot read raises it
+FORMAT = 2  # of the sidecar; a change that makes older ones unreadable raises it
 STEPS = (1, 2, 4, 8)  # numbers of steps that are tried besides those that a recipe names
 WHOLE = ("pipeline", "fused")  # files that are whole pipeline folders; the others are LoRA files
 
@@ -169,9 +170,11 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
 def _sampler(distillation: Distillation, steps: int | None) -> Sampler:
     family, how = distillation.family, distillation.inference(steps)
     try:
-        return find_sampler(family.schedule, family.kind, family.pipe.scheduler.config, how, family.passes_sigmas)
+        found = find_sampler(family.schedule, family.kind, family.pipe.scheduler.config, how, family.passes_sigmas)
     except ValueError as error:
         raise UserError(f"a stock pipeline cannot sample this student: {error}") from None
+    told = None if how.told is None else family.timestep(torch.tensor(how.told)).item()
+    return dataclasses.replace(found, told=told)
 
 
 @contextmanager

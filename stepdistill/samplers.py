@@ -38,6 +38,7 @@ class Sampler:
     students: tuple[str, ...] = ("student",)  # who takes each step, or all of them
     comfyui: dict[str, Any] | None = None  # the same in words of ComfyUI; None: not known to be the same
     a1111: dict[str, Any] | None = None
+    told: float | None = None  # what the network must hear at every step in place of the scheduler's timestep, in its own units
 
     def build(self) -> diffusers.SchedulerMixin:
         """The scheduler object; raises ValueError where its class refuses the config."""
@@ -47,7 +48,7 @@ class Sampler:
 def find_sampler(
     schedule: Schedule, kind: Kind, config: Mapping[str, Any], how: Inference, passes_sigmas: bool = False
 ) -> Sampler:
-    """The stock sampler that takes the same steps as `sampling.sample`.
+    """The stock sampler that takes the same steps as `sampling.sample`; its `told` is for those who know the network's units.
 
     config: of the teacher's own scheduler, whose noise table (if it has one) the result copies.
     passes_sigmas: the pipeline hands its scheduler the sigmas 1 - k/n itself, see `Family`.
@@ -65,7 +66,8 @@ def find_sampler(
             full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
             students = tuple(hop.role for hop in how.hops)
             students = students if len(set(students)) > 1 else students[:1]
-            words = {} if passes_sigmas else elsewhere(schedule, kind, how)  # FLUX: not known
+            # FLUX: not known; and those programs tell a network its sampler's own times
+            words = {} if passes_sigmas or how.told is not None else elsewhere(schedule, kind, how)
             return Sampler(sampler.scheduler, full, sampler.call, students, **words)
         tried.append(f"{sampler.scheduler} is off by {off:.1g}")
     times = ", ".join(f"{hop.time:.4g}" for hop in how.hops)
@@ -79,8 +81,8 @@ def refuse(how: Inference) -> None:
         raise ValueError(f"the sampler asks {', '.join(others)}, and a stock pipeline has only students")
     if any(hop.scale != 1 for hop in how.hops):
         raise ValueError("the sampler guides some steps; a distilled student is sampled unguided")
-    if how.told is not None and any(hop.time != how.told for hop in how.hops):
-        raise ValueError(f"the network hears time {how.told} at every step; stock schedulers tell it each step's own")
+    if how.told is not None and len({hop.role for hop in how.hops}) > 1:
+        raise ValueError(f"the network hears time {how.told:g} at every step, and students take turns by what they hear")
 
 
 def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any], how: Inference) -> Iterator[Sampler]:

@@ -21,7 +21,8 @@ from .inference import WHOLE, Serving, find_export, read_export
 def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPipeline:
     """A fresh stock pipeline with one of the export's formats (a key of `told.files`) on it, and the scheduler set.
 
-    Where several students take turns, its network changes over by itself (see `take_turns`).
+    Where several students take turns, its network changes over by itself (see `take_turns`); where the student is told another
+    time than its scheduler's, its network hears that (see `tell`).
     """
     files, written, dtype = told.files[form], read_export(folder).steps, getattr(torch, told.dtype)
     with quiet():
@@ -38,6 +39,8 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
             calls = [with_adapter(pipe, student, net.forward) for student in told.students]
         if len(files) > 1:
             take_turns(net, [calls[told.students.index(student)] for student in told.sampler.students])
+        if told.sampler.told is not None:
+            tell(net, told.sampler.told)
         kind = getattr(diffusers, told.sampler.scheduler)
         pipe.scheduler = kind.from_pretrained(folder / "scheduler") if told.steps == written else told.build_scheduler()
     return pipe.to(distributed.device())
@@ -70,6 +73,18 @@ def take_turns(net: torch.nn.Module, calls: Sequence[Callable]) -> None:
         return calls[at](*args, **kwargs)
 
     net.forward = forward
+
+
+def tell(net: torch.nn.Module, time: float) -> None:
+    """Let net hear this time, in its own units, in whatever call: no stock scheduler tells it another than its own."""
+    signature = inspect.signature(net.forward)
+
+    def hear(_net, args, kwargs):
+        call = signature.bind(*args, **kwargs)
+        call.arguments["timestep"] = torch.full_like(torch.as_tensor(call.arguments["timestep"]), time, dtype=torch.float32)
+        return call.args, call.kwargs
+
+    net.register_forward_pre_hook(hear, with_kwargs=True)
 
 
 def load_pipeline(run_folder: Path | str, steps: int | None = None) -> diffusers.DiffusionPipeline:

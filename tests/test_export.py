@@ -33,8 +33,8 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
     card = {}
     exec(re.search("```python\\n(.*?)```", pathlib.Path("README.md").read_text(), re.S)[1], card)
-    if job["turns"]:
-        pipe, call = card["pipe"], job["call"] | {"callback_on_step_end": card["take_turns"]}
+    if job["wrapped"]:
+        pipe, call = card["pipe"], job["call"] | {"callback_on_step_end": card.get("take_turns")}
     else:
         pipe, call = diffusers.DiffusionPipeline.from_pretrained(job["model"], dtype=torch.float32), job["call"]
         if job["lora"]: pipe.load_lora_weights(".")
@@ -55,7 +55,7 @@ def plain(made, tmp_path_factory):
         job = {
             "model": told.base if told.lora else "pipeline",
             "lora": bool(told.lora),
-            "turns": len(told.students) > 1,
+            "wrapped": len(told.students) > 1 or told.sampler.told is not None,
             "scheduler": told.sampler.scheduler,
             "prompts": PROMPTS,
             "call": told.arguments,

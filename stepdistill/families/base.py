@@ -54,6 +54,10 @@ class Family(ABC):
     def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """The raw output [B, ...] of net for x_t [B, ...] at times t [B] in [0, 1]."""
 
+    def timestep(self, t: Tensor) -> Tensor:
+        """Times [B] in [0, 1] as the network hears them."""
+        return t * 1000
+
     def null_prompts(self) -> dict[str, Tensor] | None:
         """The unconditional input, each tensor [1, ...]; None if the teacher's guidance is distilled."""
         return None if self.guidance_distilled else self.encode_prompts([""])

@@ -34,6 +34,9 @@ class Flux(Family):
         text, pooled, _ = self.pipe.encode_prompt(prompts, None)
         return {"text": text, "pooled": pooled}
 
+    def timestep(self, t: Tensor) -> Tensor:
+        return t  # the pipeline divides its scheduler's by 1000
+
     def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         grid = x_t.shape[1:3]
         guidance = cond.get("guidance", torch.full_like(t, GUIDANCE)) if net.config.guidance_embeds else None

@@ -47,7 +47,7 @@ class SD3(Family):
 
     def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         text, pooled = cond["text"].to(net.dtype), cond["pooled"].to(net.dtype)
-        return net(x_t.to(net.dtype), text, pooled, t * 1000).sample
+        return net(x_t.to(net.dtype), text, pooled, self.timestep(t)).sample
 
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.transformer_blocks[len(net.transformer_blocks) // 2]

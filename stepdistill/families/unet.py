@@ -17,15 +17,17 @@ class UNet:
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
 
+    def timestep(self, t: Tensor) -> Tensor:
+        return t * (len(self.schedule.theta) - 1)
+
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], **more: Any) -> Tensor:
         """The raw output [B, C, H, W] of net, which reads cond["text"], cond["guidance"] if it embeds one, and `more`."""
-        timestep = t * (len(self.schedule.theta) - 1)
         guidance = None
         if net.config.time_cond_proj_dim is not None and "guidance" in cond:
             guidance = self.pipe.get_guidance_scale_embedding(  # the pipeline, like LCM, embeds our scale minus 1
                 cond["guidance"].cpu() - 1, embedding_dim=net.config.time_cond_proj_dim
             ).to(x_t.device, net.dtype)
-        return net(x_t.to(net.dtype), timestep, cond["text"].to(net.dtype), timestep_cond=guidance, **more).sample
+        return net(x_t.to(net.dtype), self.timestep(t), cond["text"].to(net.dtype), timestep_cond=guidance, **more).sample
 
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.mid_block

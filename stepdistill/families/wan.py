@@ -35,7 +35,7 @@ class Wan(Family):
         return {"text": text}
 
     def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return net(x_t.to(net.dtype), t * 1000, cond["text"].to(net.dtype))[0]
+        return net(x_t.to(net.dtype), self.timestep(t), cond["text"].to(net.dtype))[0]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
