@@ -22,6 +22,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa:
 REPO = Path(__file__).resolve().parent.parent
 LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill"))
 TRIG, SCM, RCM = (f"strategies/{name}.py" for name in ("trigflow", "scm", "rcm"))
+BOOT = "strategies/boot.py"
 SHARED = "strategies/shared.py"
 ORACLE = {  # whose tests must notice
     "decoupled": "tests/strategies/test_decoupled_dmd.py",
@@ -34,6 +35,7 @@ ORACLE = {  # whose tests must notice
     "roles": "tests/test_roles.py",
     **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill")},
     **{name: f"tests/strategies/test_{name}.py" for name in ("trigflow", "scm", "rcm")},
+    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill", "boot")},
 }
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
@@ -257,6 +259,22 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (RCM, "torch.set_grad_enabled(grad)", "torch.no_grad()", "rcm"),
     (RCM, "x_t, t = draw.normal(batch.noise)", "x_t, t = batch.noise", "rcm"),
     (RCM, "range(draw.choice(self.rollout))", "range(self.rollout)", "rcm"),
+    (BOOT, "with torch.no_grad():", "with torch.enable_grad():", "boot"),
+    (BOOT, "torch.where(like(first, z) == 1, 0, y)", "y", "boot"),
+    (BOOT, "1 - a_t * s_s / (a_s * s_t)", "1 - s_s / s_t", "boot"),
+    (BOOT, "torch.where(s == 0, 1, 1 - a_t * s_s / (a_s * s_t))", "1 - a_t * s_s / (a_s * s_t)", "boot"),
+    (BOOT, "batch.noise / like(s_1, y)", "batch.noise", "boot"),
+    (BOOT, "batch.null, self.guidance)", "batch.null, 1.0)", "boot"),
+    (BOOT, "clean(y.lerp(d, kappa), s)", "clean(y, s)", "boot"),
+    (BOOT, "(d + clean(y.lerp(d, kappa), s)) / 2", "d", "boot"),
+    (BOOT, "torch.where(first, self.boundary * error, error)", "error", "boot"),
+    (BOOT, "torch.where(first, self.boundary * error, error)", "self.boundary * error", "boot"),
+    (BOOT, 'roles["student" if self.ema is None else "target"]', "roles.student", "boot"),
+    (BOOT, "torch.ones_like(told), batch.cond, told)", "told, batch.cond)", "boot"),
+    (BOOT, "signal(roles.student, batch, s)", "signal(roles.student, batch, t)", "boot"),
+    (BOOT, "self.grid - self.reach(draw.step) + 1", "1", "boot"),
+    (BOOT, "follow(roles.student, self.ema)", "follow(roles.student, 1 - self.ema)", "boot"),
+    (BOOT, "told=0.0", "told=None", "boot"),
 ]
 
 

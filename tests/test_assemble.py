@@ -13,6 +13,7 @@ from stepdistill.errors import UserError
         ("{name: lcm, steps: 8}", [], [8, 4, 2, 1]),
         ("{name: dmd2, steps: 3}", [], [3, 1]),
         ("{name: vsd}", [], [1]),
+        ("{name: boot}", [], [1]),
         ("{name: phased_dmd, phase_steps: 1}", ["train.steps=2"], [4, 2]),
         ("{name: tscd, segments: [2], mix: [0.0], steps: 2}", [], [2]),
         ("{name: lcm}", ["eval.steps=[1, 6, 1]"], [6, 1]),

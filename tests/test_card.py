@@ -18,6 +18,13 @@ def test_the_card(made, tmp_path):
     assert "scale 1 is what was trained" in card(eps)
 
 
+def test_the_card_of_a_student_that_is_told_another_time(made):
+    text = (made["boot-eps"][1] / "README.md").read_text()
+    assert "No stock scheduler tells a network another time than its own" in text and "ComfyUI and A1111 cannot" in text
+    assert "pipe.unet.register_forward_pre_hook(hear, with_kwargs=True)" in text
+    assert "register_forward" not in (made["lcm-eps"][1] / "README.md").read_text()
+
+
 def test_the_card_shows_figures_and_the_newest_grid(copied, tmp_path):
     _, out = copied
     run = tmp_path

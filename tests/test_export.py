@@ -14,7 +14,7 @@ from diffusers import LCMScheduler
 from safetensors.torch import load_file, save_file
 from students import CASES, PROMPTS, noise, student
 
-from stepdistill import checkpoint, export
+from stepdistill import checkpoint, export, serve
 from stepdistill.errors import UserError
 from stepdistill.export import ExportMismatch, check_export, export_run, trainers_latents, write_export
 from stepdistill.inference import read_export
@@ -93,6 +93,17 @@ def test_the_trainers_side_of_the_check_is_sample(made):
     cond = distillation.family.encode_prompts(PROMPTS)
     plainly = sample(distillation.students(), distillation.inference(), noise(distillation), cond)
     assert torch.equal(plainly, trainers_latents(distillation, read_export(out), noise(distillation)))
+
+
+@pytest.mark.parametrize("case", ["boot-eps", "boot-flux", "boot-sdxl-whole"])
+def test_a_student_that_does_not_hear_its_time_is_found_out(made, case, monkeypatch):
+    monkeypatch.setattr(serve, "tell", lambda _net, _time: None)
+    with pytest.raises(ExportMismatch):
+        check_export(*made[case])
+
+
+def test_a_fused_folder_is_told_its_time_too(made, tmp_path):
+    assert "checked: fused, in stock diffusers" in write_export(made["boot-eps"][0], tmp_path / "e", ("fused",))
 
 
 @pytest.mark.parametrize("case", ["lcm-eps", "lcm-flow"])
@@ -210,6 +221,7 @@ def test_an_older_export_survives_an_interrupt(copied, monkeypatch):
     [
         ("lcm-flow", ("kohya",), "StableDiffusion3Pipeline has no kohya file; choose from diffusers, fused"),
         ("lcm-eps", ("gguf",), "there is no such format; choose from diffusers, kohya, fused"),
+        ("boot-eps", ("kohya",), "another time than its sampler's; choose from diffusers, fused"),
         ("dmd2-flow-whole", ("kohya",), "needs a LoRA, but lora is null"),
         ("dmd2-flow-whole", ("diffusers", "fused"), "format fused needs a LoRA"),
     ],

@@ -6,6 +6,8 @@ from students import PROMPTS, student
 
 from stepdistill.errors import UserError
 from stepdistill.inference import Serving, find_export, read_export, serving
+from stepdistill.sampling import Hop, Inference
+from stepdistill.strategies import BOOT
 
 
 def test_what_is_told(exported_eps):
@@ -69,6 +71,24 @@ def test_a_student_that_is_told_its_guidance(tmp_path):
     told = serving(student(tmp_path, "eps", "lora=null", strategy="{name: lcm, embed_guidance: 3.0}"))
     assert told.call == {"guidance_scale": 3.0} and told.lora is None
     assert all(sampler.comfyui is None and sampler.a1111 is None for sampler in told.samplers.values())
+
+
+@pytest.mark.parametrize(("teacher", "unit"), [("eps", 999), ("sdxl", 999), ("flow", 1000), ("flux", 1)])
+def test_a_student_that_is_told_another_time(tmp_path, teacher, unit, monkeypatch):
+    """In the units of its network, as its pipeline tells it times; and only in its own number of steps."""
+    how = {"hops": (Hop(1.0),), "renoise": False, "told": 0.25}
+    monkeypatch.setattr(BOOT, "inference", lambda _self, _schedule, _steps=None: Inference(**how))
+    told = serving(student(tmp_path, teacher, "data.resolution=16", strategy="{name: boot, guidance: 1}"))
+    assert told.sampler.told == 0.25 * unit and told.sampler.comfyui is None and told.sampler.a1111 is None
+    assert Serving.from_json(told.to_json()) == told
+
+
+def test_a_sidecar_from_before_students_were_told_times(exported_eps):
+    told = read_export(exported_eps[1] / "export")
+    tree = json.loads(told.to_json())
+    for sampler in tree["samplers"].values():
+        del sampler["told"]
+    assert Serving.from_json(json.dumps(tree)) == told
 
 
 def test_another_resolution_is_an_argument(tmp_path):

@@ -177,13 +177,21 @@ def test_students_that_take_turns():
     assert alone.students == ("student",) and alone.config == found.config and alone.call == found.call
 
 
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_network_that_hears_another_time_leaves_the_scheduler_alone(teacher):
+    """Other programs tell a network its sampler's own time, so no words of theirs are known."""
+    plain, told = find(teacher, 1), find(teacher, 1, told=0.0)
+    assert (told.scheduler, told.config, told.call) == (plain.scheduler, plain.config, plain.call)
+    assert told.comfyui is None and told.a1111 is None and told.told is None
+
+
 @pytest.mark.parametrize(
     ("how", "told"),
     [
         ({"hops": (Hop(1.0), Hop(0.75))}, "time 0.75 is timestep 749.25.*write 0.74975, which is 749"),
         ({"hops": (Hop(1.0, "teacher"), Hop(0.5, "student"))}, "asks teacher"),
         ({"hops": (Hop(1.0, scale=3.0),)}, "guides"),
-        ({"hops": (Hop(1.0), Hop(499 / 999)), "told": 1.0}, "hears time 1.0 at every step"),
+        ({"hops": (Hop(1.0, "student_1"), Hop(499 / 999, "student_2")), "told": 0.5}, "hears time 0.5 at every step"),
     ],
 )
 def test_what_no_stock_pipeline_can_do_is_refused(how, told):

@@ -8,7 +8,7 @@ from students import PROMPTS
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.serve import load_pipeline, sample_run, take_turns
+from stepdistill.serve import load_pipeline, sample_run, take_turns, tell
 
 
 def test_load_pipeline(exported_eps):
@@ -36,6 +36,19 @@ def test_students_take_turns_as_the_time_falls():
         net(torch.zeros(1), 1)
     net(torch.zeros(1), timestep=999)
     assert asked[-1] == 0
+
+
+@pytest.mark.parametrize("timestep", [999, torch.tensor(999), torch.full((2,), 999.0)])
+def test_a_network_hears_the_time_that_it_is_told(timestep):
+    """However its pipeline hands over the scheduler's; whole timesteps do not round it."""
+    net, asked = Net(), []
+    net.forward = lambda sample, timestep, text=None: asked.append((sample, timestep, text))
+    tell(net, 249.75)
+    net("x", timestep, text="a")
+    net(timestep=timestep, sample="x")
+    assert [(sample, text) for sample, _, text in asked] == [("x", "a"), ("x", None)]
+    for _, heard, _ in asked:
+        assert heard.shape == torch.as_tensor(timestep).shape and heard.unique().item() == 249.75
 
 
 def test_a_picture_is_a_function_of_prompt_steps_and_seed(exported_eps, exported_flow, tmp_path):
