@@ -38,6 +38,15 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return (((a - b).square() + c**2).sqrt() - c).mean()
 
 
+def huber_of_samples(a: Tensor, b: Tensor, c: float, weight: Tensor | None = None) -> Tensor:
+    """Mean over samples of (sqrt(|a - b|^2 + (c d)^2) - c d) / d, for samples [B, ...] of d entries, as rf++ has it,
+    arXiv:2405.20320; c > 0. weight: a factor for each sample [B]."""
+    off = (a - b).flatten(1)
+    c = c * off.shape[1]
+    distance = ((off.square().sum(1) + c**2).sqrt() - c) / off.shape[1]
+    return (distance if weight is None else weight.to(distance) * distance).mean()
+
+
 def denoising(p: Prediction, target: Prediction, space: str, weight: Tensor | None = None) -> Tensor:
     """Mean squared error of a prediction against the clean sample and noise [B, ...] of its x_t.
 

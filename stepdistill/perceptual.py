@@ -35,10 +35,11 @@ def network(device: torch.device) -> nn.Module:
     return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
 
 
-def lpips(a: Tensor, b: Tensor) -> Tensor:
-    """Mean LPIPS of pictures a and b [B, 3, H, W] in [-1, 1], with gradient.
+def lpips(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean LPIPS of pictures a and b [B, 3, H, W] in [-1, 1], with gradient; weight: a factor for each picture [B].
 
     Raises:
         UserError: the package lpips is not installed.
     """
-    return network(a.device)(a, b).mean()
+    distance = network(a.device)(a, b).flatten()
+    return (distance if weight is None else weight.to(distance) * distance).mean()

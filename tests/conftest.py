@@ -1,12 +1,17 @@
 """Makes the helpers beside this file importable from every test below it, and what several test files start from."""
 
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
 from students import CASES, student
+from torch import nn
 
+from stepdistill import perceptual
 from stepdistill.export import write_export
 
 torch.set_num_threads(1)  # the nets here are tiny: threads would wait for each other
@@ -62,3 +67,27 @@ def root(tmp_path):
         (tmp_path / "pictures" / f"{name}.png").write_bytes(b"picture")
         (tmp_path / "pictures" / f"{name}.txt").write_text(f"caption {name}")
     return tmp_path
+
+
+class Squares(nn.Module):
+    """Stands in for the package's network: squared differences, times a frozen weight."""
+
+    def __init__(self, net, verbose):
+        super().__init__()
+        assert net == "vgg" and not verbose
+        self.weight = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, a, b):
+        assert not self.training and not b.requires_grad
+        return self.weight * (a - b).square().flatten(1).mean(1)[:, None, None, None]  # as lpips shapes it
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A small lpips."""
+    made = types.ModuleType("lpips")
+    made.LPIPS, made.__spec__ = Squares, importlib.machinery.ModuleSpec("lpips", None)
+    monkeypatch.setitem(sys.modules, "lpips", made)
+    perceptual.network.cache_clear()
+    yield made
+    perceptual.network.cache_clear()

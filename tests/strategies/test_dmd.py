@@ -1,13 +1,10 @@
 """Distribution matching with a regression on pairs, against closed forms (reference: methods, 1)."""
 
-import importlib.machinery
 import sys
-import types
 
 import pytest
 import torch
 from matching import EVERY, A, B, C, M, T, U, expected, first, levels, moved, normalizer, world
-from torch import nn
 from torch.autograd import grad as gradient
 from worlds import F64, FLOW, SIGNS, VP, Affine, Gaussian, Mixture, Script, pairs, spread
 
@@ -129,30 +126,6 @@ def test_who_moves():
         assert turns == ["student", "critic"]
     new, own = asked[::2], asked[1::2]
     assert all(torch.equal(z, x) for z in own) and not any((z == x).any() for z in new) and not torch.equal(*new)
-
-
-class Squares(nn.Module):
-    """Stands in for the package's network: squared differences, times a frozen weight."""
-
-    def __init__(self, net, verbose):
-        super().__init__()
-        assert net == "vgg" and not verbose
-        self.weight = nn.Parameter(torch.tensor(2.0, dtype=F64))
-
-    def forward(self, a, b):
-        assert not self.training and not b.requires_grad
-        return self.weight * (a - b).square().flatten(1).mean(1)[:, None, None, None]
-
-
-@pytest.fixture
-def package(monkeypatch):
-    """A small lpips."""
-    made = types.ModuleType("lpips")
-    made.LPIPS, made.__spec__ = Squares, importlib.machinery.ModuleSpec("lpips", None)
-    monkeypatch.setitem(sys.modules, "lpips", made)
-    perceptual.network.cache_clear()
-    yield made
-    perceptual.network.cache_clear()
 
 
 def test_lpips_is_of_decoded_pictures_with_gradient(package):
