@@ -23,6 +23,7 @@ REPO = Path(__file__).resolve().parent.parent
 LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill"))
 TRIG, SCM, RCM = (f"strategies/{name}.py" for name in ("trigflow", "scm", "rcm"))
 BOOT = "strategies/boot.py"
+REFLOW = "strategies/reflow.py"
 SHARED = "strategies/shared.py"
 ORACLE = {  # whose tests must notice
     "decoupled": "tests/strategies/test_decoupled_dmd.py",
@@ -36,6 +37,7 @@ ORACLE = {  # whose tests must notice
     **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill")},
     **{name: f"tests/strategies/test_{name}.py" for name in ("trigflow", "scm", "rcm")},
     **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill", "boot")},
+    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill", "reflow")},
 }
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
@@ -205,7 +207,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (DMD, "draw, self.fake_loss)", "draw)", "dmd"),
     ("losses.py", "(x - grad).detach()", "(x + grad).detach()", "dmd"),
     ("losses.py", "1 / ((x if x0 is None else x0) - real).abs()", "1 / (x - fake).abs()", "dmd"),
-    ("perceptual.py", "(a, b).mean()", "(a, b).sum()", "dmd"),
+    ("perceptual.py", "* distance).mean()", "* distance).sum()", "dmd"),
     ("perceptual.py", ".requires_grad_(False)", "", "dmd"),
     ("perceptual.py", ".eval()", "", "dmd"),
     (LCM, "roles.move(roles.teacher.guided(x_t, t, batch.cond, batch.null, w), s)", "roles.noise(x0, s, batch.noise)", "lcm"),
@@ -275,6 +277,25 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (BOOT, "self.grid - self.reach(draw.step) + 1", "1", "boot"),
     (BOOT, "follow(roles.student, self.ema)", "follow(roles.student, 1 - self.ema)", "boot"),
     (BOOT, "told=0.0", "told=None", "boot"),
+    (REFLOW, "1 - draw.uniform()", "draw.uniform()", "reflow"),
+    (REFLOW, "tau = torch.ones_like(tau)", "pass", "reflow"),
+    (REFLOW, "-alpha / sigma)", "alpha / sigma)", "reflow"),
+    (REFLOW, "eps = mix(batch.noise, x0, 1 / sigma, -alpha / sigma)", "eps = batch.noise", "reflow"),
+    (REFLOW, "math.sinh(a / 2)", "math.sinh(a)", "reflow"),
+    (REFLOW, "(2 * u - 1)", "(1 - 2 * u)", "reflow"),
+    (REFLOW, "/ a if a else u", "/ a if a else u**2", "reflow"),
+    (REFLOW, 'denoising(p, target, "flow")', 'denoising(p, target, "x0")', "reflow"),
+    (REFLOW, "self.huber, 1 - tau)", "self.huber)", "reflow"),
+    (REFLOW, "1 / tau if self.divide_lpips", "tau if self.divide_lpips", "reflow"),
+    (REFLOW, "perceptual.lpips(roles.decode(p.x0), end", "perceptual.lpips(p.x0, end", "reflow"),
+    (REFLOW, "end = roles.decode(target.x0)", "end = target.x0", "reflow"),
+    (REFLOW, "renoise=False", "renoise=True", "reflow"),
+    (REFLOW, "(noise - clean) * tau", "noise * tau", "reflow"),
+    (REFLOW, "torch.atan2(at, 1 - at)", "at * torch.pi / 2", "reflow"),
+    (REFLOW, "step >= self.reflow_steps", "step > self.reflow_steps", "reflow"),
+    ("losses.py", "c = c * off.shape[1]", "pass", "reflow"),
+    ("losses.py", "off.square().sum(1) + c**2", "off.square().mean(1) + c**2", "reflow"),
+    ("perceptual.py", "weight.to(distance) * distance", "distance", "reflow"),
 ]
 
 

@@ -37,6 +37,8 @@ CASES = {  # of exports: teacher, strategy, overrides
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "scm-flow": ("flow", "{name: scm}", []),
     "rcm-eps": ("eps", "{name: rcm, times: [1.0, 0.5005005], steps: 2}", []),
+    "reflow-eps": ("eps", "{name: reflow}", []),
+    "reflow-flow": ("flow", "{name: reflow, steps: 2}", []),
     "phased-eps": ("eps", "{name: phased_dmd, phase_steps: 1}", ["train.steps=2", "train.ema=0.9"]),
     "phased-flow-whole": ("flow", "{name: phased_dmd, phase_steps: 1, renoise: true}", ["train.steps=2", "lora=null"]),
     "dmd2-flux-renoising": ("flux", "{name: dmd2, guidance: 1, renoise: true}", ["data.resolution=16"]),

@@ -12,14 +12,19 @@ from diffusers import DDIMScheduler
 from students import student
 from written import only, swapped, write
 
+from stepdistill.assemble import assemble
 from stepdistill.cli import main
 from stepdistill.data import build_batches
-from stepdistill.data.pairs import read_pairs
+from stepdistill.data.build import encode_texts
+from stepdistill.data.pairs import manifest, read_pairs
 from stepdistill.errors import UserError
+from stepdistill.export import write_export
 from stepdistill.families.load import load_pipeline_folder
+from stepdistill.inference import read_export
 from stepdistill.pairs import make_pairs
 from stepdistill.recipe import dump_recipe, load_recipe
 from stepdistill.runs import train
+from stepdistill.sampling import sample
 from stepdistill.show import Line
 from stepdistill.sources import PAIRS
 from stepdistill.strategies import STRATEGIES
@@ -105,6 +110,36 @@ def test_batches_and_files_change_no_pair_and_the_seed_changes_all(made, tmp_pat
         assert torch.equal(read[name][1], read["one"][1])
         torch.testing.assert_close(read[name][2], read["one"][2], rtol=1e-4, atol=1e-5)
     assert not (read["seed"][1] == read["one"][1]).any()
+
+
+@pytest.fixture(params=[("eps", 4), ("flow", 1)])  # on flow a fused scheduler's grid is the student's in one step only
+def rectified(tmp_path, request):
+    """A student of so many steps, and the recipe that has it for a teacher."""
+    teacher, steps = request.param
+    made = student(tmp_path, teacher, *QUICK, strategy=f"{{name: reflow, steps: {steps}}}")
+    write_export(made, tmp_path / "run" / "export", ("fused",))
+    source = tmp_path / "run" / "export" / "fused"
+    again = ("name=again", f"model.source={source}", "strategy.guidance=1", f"pairs.steps={steps}")
+    return made, load_recipe(tmp_path / "run" / "recipe.yaml", again)
+
+
+def test_a_fused_student_makes_pairs_as_a_teacher(rectified, tmp_path):
+    made, again = rectified
+    make_pairs(assemble(again), tmp_path / "pairs", Line())
+    prompts, noise, x0 = read_pairs(tmp_path / "pairs")
+    ours = sample(made.students(), made.inference(), noise, encode_texts(made.family, prompts))
+    torch.testing.assert_close(x0, ours, rtol=1e-4, atol=1e-4)
+    teachers = made.roles.swap(student=made.roles.teacher)
+    assert (sample(teachers, made.inference(), noise, encode_texts(made.family, prompts)) - x0).abs().max() > 1e-2
+
+
+@pytest.mark.long
+def test_a_fused_student_is_rectified_again(rectified, tmp_path):
+    """Pairs, training and export, whose own check is that stock diffusers draws what this student draws on that base."""
+    run = train(rectified[1], tmp_path / "again")
+    told = read_export(run.export)
+    assert run.step == 1 and told.base == rectified[1].model.source and told.steps == rectified[1].strategy.steps
+    assert manifest(run.folder / "pairs")["guidance"] == 1
 
 
 def test_other_settings_go_to_another_folder(made, tmp_path):

@@ -10,6 +10,7 @@ from .phased_dmd import PhasedDMD
 from .rcm import RCM
 from .scm import SCM
 from .tscd import TSCD
+from .reflow import Reflow
 from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -22,5 +23,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "rcm": RCM,
     "scm": SCM,
     "tscd": TSCD,
+    "reflow": Reflow,
     "vsd": VSD,
 }

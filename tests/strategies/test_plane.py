@@ -7,7 +7,7 @@ import pytest
 from plane import FLOW, MODES, Plane, apart, distil, euler, samples, shares, teacher
 
 from stepdistill.roles import Denoiser, Roles
-from stepdistill.strategies import BOOT, DMD, DMD2, FDistill, LCM, PhasedDMD, RCM, SCM, TSCD, VSD
+from stepdistill.strategies import BOOT, DMD, DMD2, FDistill, LCM, PhasedDMD, RCM, Reflow, SCM, TSCD, VSD
 
 N = 8192
 CASES = {  # strategy, iterations of 128 samples, learning rate
@@ -36,6 +36,8 @@ CASES = {  # strategy, iterations of 128 samples, learning rate
     "tscd, 2 segments": (TSCD((4, 2), 100, (1.0, 1.0), mix=(0.0, 0.0), grid=32, ema=0.95, steps=2), 250, 1e-3),
     "tscd, score": (TSCD((2, 1), 50, (1.0, 1.0), mix=(0.0, 0.0), grid=32, steps=1, score=True, student_every=2), 300, 2e-3),
     "boot": (BOOT(grid=8, guidance=1.0), 250, 2e-3),
+    "reflow": (Reflow(), 100, 2e-3),
+    "reflow, distilled": (Reflow(reflow_steps=50), 100, 2e-3),
     "vsd": (VSD(guidance=(1.0, 1.0)), 400, 2e-3),
 }
 
