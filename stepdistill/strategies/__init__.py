@@ -8,9 +8,9 @@ from .f_distill import FDistill
 from .lcm import LCM
 from .phased_dmd import PhasedDMD
 from .rcm import RCM
+from .reflow import Reflow
 from .scm import SCM
 from .tscd import TSCD
-from .reflow import Reflow
 from .vsd import VSD
 
 STRATEGIES: dict[str, type[Strategy]] = {

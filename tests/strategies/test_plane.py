@@ -7,7 +7,7 @@ import pytest
 from plane import FLOW, MODES, Plane, apart, distil, euler, samples, shares, teacher
 
 from stepdistill.roles import Denoiser, Roles
-from stepdistill.strategies import BOOT, DMD, DMD2, FDistill, LCM, PhasedDMD, RCM, Reflow, SCM, TSCD, VSD
+from stepdistill.strategies import BOOT, DMD, DMD2, LCM, RCM, SCM, TSCD, VSD, FDistill, PhasedDMD, Reflow
 
 N = 8192
 CASES = {  # strategy, iterations of 128 samples, learning rate
