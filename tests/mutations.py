@@ -21,24 +21,8 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa:
 
 REPO = Path(__file__).resolve().parent.parent
 LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill"))
-TRIG, SCM, RCM = (f"strategies/{name}.py" for name in ("trigflow", "scm", "rcm"))
-BOOT = "strategies/boot.py"
-REFLOW = "strategies/reflow.py"
+TSCD, TRIG, SCM, RCM, BOOT, REFLOW = (f"strategies/{name}.py" for name in ("tscd", "trigflow", "scm", "rcm", "boot", "reflow"))
 SHARED = "strategies/shared.py"
-ORACLE = {  # whose tests must notice
-    "decoupled": "tests/strategies/test_decoupled_dmd.py",
-    "losses": "tests/test_losses.py",
-    "diffusion": "tests/test_diffusion.py",
-    "schedules": "tests/test_schedules.py",
-    "sampling": "tests/test_sampling.py",
-    "batch": "tests/test_batch.py",
-    "attention": "tests/test_attention.py",
-    "roles": "tests/test_roles.py",
-    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill")},
-    **{name: f"tests/strategies/test_{name}.py" for name in ("trigflow", "scm", "rcm")},
-    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill", "boot")},
-    **{name: f"tests/strategies/test_{name}.py" for name in ("lcm", "dmd", "dmd2", "phased_dmd", "vsd", "f_distill", "reflow")},
-}
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "dmd2"),
@@ -93,12 +77,12 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (DMD2, 'matching + self.gan * logs["gan"]', 'matching + logs["gan"]', "dmd2"),
     (DMD2, "draw.step % self.student_every == 0", "draw.step % self.student_every == 1", "dmd2"),
     (DMD2, "if self.gan else frozenset()", "if True else frozenset()", "dmd2"),
-    (DMD2, "(self.guidance - 1) * (cond", "self.guidance * (cond", "decoupled"),
-    (DMD2, "(cond.x0 - null.x0)", "(null.x0 - cond.x0)", "decoupled"),
-    (DMD2, "self.augment * (", "(", "decoupled"),
+    (DMD2, "(self.guidance - 1) * (cond", "self.guidance * (cond", "decoupled_dmd"),
+    (DMD2, "(cond.x0 - null.x0)", "(null.x0 - cond.x0)", "decoupled_dmd"),
+    (DMD2, "self.augment * (", "(", "decoupled_dmd"),
     (DMD2, "surrogate(x0, fake - real)", "surrogate(x0, real - fake)", "dmd2"),
-    (DMD2, "else s * time", "else s", "decoupled"),
-    (DMD2, "roles.teacher(x_t, t, batch.cond).x0 + self", "fake + self", "decoupled"),
+    (DMD2, "else s * time", "else s", "decoupled_dmd"),
+    (DMD2, "roles.teacher(x_t, t, batch.cond).x0 + self", "fake + self", "decoupled_dmd"),
     ("diffusion.py", "-a_t * s_s**2", "a_t * s_s**2", "phased_dmd"),
     ("diffusion.py", "mix(x_s, eps, 1 / a_s, -a_t * s_s**2 / (a_s**2 * step))", "x_s", "phased_dmd"),
     ("diffusion.py", "like(s_t / step, eps) * eps", "eps", "phased_dmd"),
@@ -179,19 +163,19 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("roles.py", "other.parameters(), 1 - decay", "other.parameters(), decay", "roles"),
     ("roles.py", "torch.promote_types(raw.dtype, torch.float32)", "raw.dtype", "roles"),
     ("roles.py", "torch.cat([cond[name], null[name]])", "torch.cat([null[name], cond[name]])", "lcm"),
-    (DMD, "distribution_matching(x0, real.x0, fake.x0)", "distribution_matching(x0, fake.x0, real.x0)", "dmd"),
-    (DMD, "distribution_matching(x0, real.x0, fake.x0)", "-distribution_matching(x0, real.x0, fake.x0)", "dmd"),
-    (DMD, "roles.teacher.guided(x_t", "roles.fake.guided(x_t", "dmd"),
-    (DMD, "batch.null, self.guidance)", "batch.null, self.guidance + 1)", "dmd"),
+    (SHARED, "distribution_matching(x0, real.x0, fake.x0)", "distribution_matching(x0, fake.x0, real.x0)", "dmd"),
+    (SHARED, "distribution_matching(x0, real.x0, fake.x0)", "-distribution_matching(x0, real.x0, fake.x0)", "dmd"),
+    (SHARED, "roles.teacher.guided(x_t", "roles.fake.guided(x_t", "dmd"),
+    (SHARED, "batch.null, scale)", "batch.null, scale + 1)", "dmd"),
     (
-        DMD,
+        SHARED,
         "fake = roles.fake(x_t, t, batch.cond)",
-        "fake = roles.fake.guided(x_t, t, batch.cond, batch.null, self.guidance)",
+        "fake = roles.fake.guided(x_t, t, batch.cond, batch.null, scale)",
         "dmd",
     ),
-    (DMD, "with torch.no_grad():\n            real", "with torch.enable_grad():\n            real", "dmd"),
-    (DMD, "t = roles.schedule.warp(draw.uniform(*self.t_range))", "t = draw.uniform(*self.t_range)", "dmd"),
-    (DMD, "t = roles.schedule.warp(draw.uniform(*self.t_range))", "t = roles.schedule.warp(draw.uniform())", "dmd"),
+    (SHARED, "with torch.no_grad():\n        real", "with torch.enable_grad():\n        real", "dmd"),
+    (SHARED, "t = roles.schedule.warp(draw.uniform(*t_range))", "t = draw.uniform(*t_range)", "dmd"),
+    (SHARED, "t = roles.schedule.warp(draw.uniform(*t_range))", "t = roles.schedule.warp(draw.uniform())", "dmd"),
     (DMD, "batch._replace(noise=draw.normal(batch.noise))", "batch", "dmd"),
     (DMD, "generate(roles, how, batch, draw, grad=True)[0]", "x0", "dmd"),
     (DMD, "generate(roles, how, batch, draw, grad=True)[0]", "generate(roles, how, batch, draw, grad=False)[0]", "dmd"),
@@ -299,7 +283,12 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
 ]
 
 
-def survives(file: str, old: str, new: str, oracle: str, root: Path) -> str:
+def oracle(name: str) -> str:
+    """The tests that must notice."""
+    return next(str(path.relative_to(REPO)) for path in (REPO / "tests").rglob(f"test_{name}.py"))
+
+
+def survives(file: str, old: str, new: str, tests: str, root: Path) -> str:
     """Why the tests did not notice, or nothing. They run in a fork, on a copy of the package below root."""
     source = (REPO / "stepdistill" / file).read_text()
     if old not in source:
@@ -317,7 +306,7 @@ def survives(file: str, old: str, new: str, oracle: str, root: Path) -> str:
         status = 9
         try:
             assert importlib.import_module("stepdistill").__file__.startswith(str(root))
-            status = int(pytest.main(["-q", "-x", "--tb=no", "-p", "no:cacheprovider", ORACLE[oracle]]))
+            status = int(pytest.main(["-q", "-x", "--tb=no", "-p", "no:cacheprovider", tests]))
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -325,7 +314,7 @@ def survives(file: str, old: str, new: str, oracle: str, root: Path) -> str:
     if status == 1:  # tests failed, as they must
         return ""
     last = (root / "log").read_text().strip().splitlines()[-1:]
-    return f"{ORACLE[oracle]} {'passes' if status == 0 else f'could not run ({status})'} with {new!r} for {old!r}: {last}"
+    return f"{tests} {'passes' if status == 0 else f'could not run ({status})'} with {new!r} for {old!r}: {last}"
 
 
 def main(chosen: list[int]) -> int:
@@ -333,7 +322,8 @@ def main(chosen: list[int]) -> int:
     began, alive = time.monotonic(), 0
     for k in chosen or range(len(MUTATIONS)):
         with tempfile.TemporaryDirectory() as root:
-            why = survives(*MUTATIONS[k], Path(root))
+            file, old, new, name = MUTATIONS[k]
+            why = survives(file, old, new, oracle(name), Path(root))
         alive += bool(why)
         if why:
             print(f"{k}: {MUTATIONS[k][0]}: {why}", flush=True)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import perceptual
 from ..fields import ranged
-from ..losses import distribution_matching, pseudo_huber
+from ..losses import pseudo_huber
 from ..roles import Roles
 from ..sampling import Inference, trailing
 from .base import Strategy
-from .shared import check_ranges, fit_fake, generate, renoises
+from .shared import check_ranges, fit_fake, generate, match, renoises
 
 
 @dataclass
@@ -81,12 +81,7 @@ class DMD(Strategy):
     def losses(self, roles, batch, draw):
         how = self.inference(roles.schedule)
         x0 = generate(roles, how, batch._replace(noise=draw.normal(batch.noise)), draw, grad=True)[0].x0
-        t = roles.schedule.warp(draw.uniform(*self.t_range))
-        x_t = roles.noise(x0, t, draw.normal(x0))
-        with torch.no_grad():
-            real = roles.teacher.guided(x_t, t, batch.cond, batch.null, self.guidance)
-            fake = roles.fake(x_t, t, batch.cond)
-        matching = distribution_matching(x0, real.x0, fake.x0)
+        matching = match(roles, x0, batch, draw, self.t_range, self.guidance)
         regression = self.apart(roles, generate(roles, how, batch, draw, grad=True)[0].x0, batch.x0)
         loss = matching + self.regression * regression
         yield "student", loss, {"matching": matching, "regression": regression}

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ..batch import Batch, Draw
 from ..fields import ranged
-from ..losses import distribution_matching
 from ..roles import Roles
 from ..sampling import Inference
 from .base import Strategy
-from .shared import any_steps, check_ranges, check_times, fit_fake
+from .shared import any_steps, check_ranges, check_times, fit_fake, match
 from .trigflow import check_proposal, consistency, points
 
 
@@ -88,10 +87,12 @@ class RCM(Strategy):
             error, size = consistency(roles, at, share, self.tangent, self.difference)
             yield "student", error.mean(), {"consistency": error.mean(), "tangent": size.mean()}
             if not warm:
-                loss = self.match(roles, self.generate(roles, batch, draw, grad=True), batch, draw)
+                x0 = self.generate(roles, batch, draw, grad=True)
+                loss = match(roles, x0, batch, draw, self.t_range, self.guidance)
                 yield "student", self.matching * loss, {"matching": loss}
         else:
-            loss = fit_fake(roles, self.generate(roles, batch, draw, grad=False), batch.cond, draw, "trig")
+            x0 = self.generate(roles, batch, draw, grad=False)
+            loss = fit_fake(roles, x0, batch.cond, draw, "trig")
             yield "critic", loss, {"denoising": loss}
 
     def generate(self, roles: Roles, batch: Batch, draw: Draw, grad: bool) -> Tensor:
@@ -104,15 +105,6 @@ class RCM(Strategy):
                 x_t = roles.noise(x0, t, draw.normal(x0))
         with torch.set_grad_enabled(grad):
             return roles.student(x_t, t, batch.cond).x0
-
-    def match(self, roles: Roles, x0: Tensor, batch: Batch, draw: Draw) -> Tensor:
-        """Distribution matching of samples x0 [B, ...] at one random time for each."""
-        t = roles.schedule.warp(draw.uniform(*self.t_range))
-        x_t = roles.noise(x0, t, draw.normal(x0))
-        with torch.no_grad():
-            real = roles.teacher.guided(x_t, t, batch.cond, batch.null, self.guidance)
-            fake = roles.fake(x_t, t, batch.cond)
-        return distribution_matching(x0, real.x0, fake.x0)
 
     def inference(self, schedule, steps=None):
         return Inference(any_steps("rCM", schedule, self.steps, self.times, steps), renoise=self.renoise)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch, Draw
 from ..diffusion import Prediction
-from ..losses import denoising, gan_critic
+from ..losses import denoising, distribution_matching, gan_critic
 from ..roles import Roles
 from ..sampling import Hop, Inference, ask, rollout, trailing
 from ..schedules import RectifiedFlow, Schedule
@@ -79,6 +79,17 @@ def generate(
     x_t, _ = rollout(roles, how, batch.noise, batch.cond, draw.normal, last)
     with torch.set_grad_enabled(grad):
         return ask(roles, how, how.hops[last], x_t, batch.cond), how.hops[last].time
+
+
+def match(roles: Roles, x0: Tensor, batch: Batch, draw: Draw, t_range: tuple[float, float], scale: float) -> Tensor:
+    """Distribution matching of the student's samples x0 [B, ...] with the teacher guided at `scale`, at one random time for
+    each. DMD, arXiv:2311.18828, Eq. 7."""
+    t = roles.schedule.warp(draw.uniform(*t_range))
+    x_t = roles.noise(x0, t, draw.normal(x0))
+    with torch.no_grad():
+        real = roles.teacher.guided(x_t, t, batch.cond, batch.null, scale)
+        fake = roles.fake(x_t, t, batch.cond)
+    return distribution_matching(x0, real.x0, fake.x0)
 
 
 def fit_fake(
