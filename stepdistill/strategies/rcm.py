@@ -43,7 +43,7 @@ class RCM(Strategy):
     released code leaves the derivative's share r at 1 while it warms up; here r is what sCM's paper says.
 
     When to choose it: for 1 to 4 steps of large models, where DMD2 loses variety: pictures (they may be the teacher's own) or
-    trajectories keep it. Two objectives cost more than one: a student's iteration 2 forwards with a gradient and 8 without,
+    trajectories keep it. Two objectives cost more than one: a student's iteration 2 forwards with a gradient and 7 without,
     beside the rollout of (rollout - 1) / 2; a critic's 1 with a gradient beside the rollout's (rollout + 1) / 2.
 
     Healthy curves: TODO

@@ -14,7 +14,7 @@ from ..roles import Roles
 from ..sampling import Inference
 from .base import Strategy
 from .shared import INSIDE, any_steps, check_times
-from .trigflow import Points, angle, check_proposal, consistency, points, predicted, seen, turned
+from .trigflow import Points, angle, check_proposal, consistency, points, predicted, turned
 
 
 @dataclass
@@ -50,12 +50,12 @@ class SCM(Strategy):
 
     The exact derivative (difference: null) is what the paper takes. Networks that hear times as 0 to 1000 have fine waves in
     time that training never touched, and the exact derivative is theirs: on tiny-sd at noise it had four times the size of the
-    difference over 0.03, and training diverged. Differences average over such waves and cost 3 forwards in place of 1 with
+    difference over 0.03, and training diverged. Differences average over such waves, and cost 2 forwards in place of one with
     tangents.
 
     When to choose it: for 1 or 2 steps, from pictures or the teacher's own trajectories, without a second learner. It keeps
     what the teacher makes of a noise, and so its variety, as LCM does. rCM adds a score difference, which sharpens. A sample
-    and iteration costs 1 forward with a gradient and 5 without (teacher 2, student 3); a point of a trajectory the same, and
+    and iteration costs 1 forward with a gradient and 4 without (teacher 2, student 2); a point of a trajectory the same, and
     each trajectory 2 more.
 
     Healthy curves: TODO
@@ -119,9 +119,10 @@ class SCM(Strategy):
         below = torch.where(end, 0.0, below)
         with torch.no_grad():
             x = turned(at.x, at.velocity, below - at.theta)
-            target = roles.student(*seen(roles.schedule, x, below.clamp(min=least)), at.cond).x0
+            lower = at._replace(x=x, theta=below.clamp(min=least))
+            target = predicted(roles.student, roles.schedule, lower).x0
             target = torch.where(like(end, x) > 0, x, target)
-        square = (predicted(roles, at).x0 - target).square().flatten(1).mean(1)
+        square = (predicted(roles.student, roles.schedule, at).x0 - target).square().flatten(1).mean(1)
         return ((square + self.huber**2).sqrt() - self.huber) / (at.theta - below)
 
     def inference(self, schedule, steps=None):

@@ -105,31 +105,28 @@ def on_trajectories(roles: Roles, batch: Batch, draw: Draw, scale: float, law: t
     return Points(x, theta, velocity, {name: y.repeat(count, *[1] * (y.ndim - 1)) for name, y in batch.cond.items()})
 
 
-def predicted(roles: Roles, at: Points) -> Prediction:
-    """The student's prediction at the points, with gradient where the caller allows it."""
-    return roles.student(*seen(roles.schedule, at.x, at.theta), at.cond)
+def predicted(role: Denoiser, schedule: Schedule, at: Points) -> Prediction:
+    """A role's prediction at the points, with gradient where the caller allows it."""
+    return role(*seen(schedule, at.x, at.theta), at.cond)
 
 
-def derivative(role: Denoiser, schedule: Schedule, at: Points, h: float | None) -> tuple[Tensor, Tensor]:
-    """F, and cos(theta) sin(theta) dF/dtheta along the trajectories, both [n, ...] and without gradient.
+@torch.no_grad()
+def derivative(role: Denoiser, schedule: Schedule, at: Points, h: float | None) -> Tensor:
+    """cos(theta) sin(theta) dF/dtheta of a role along the trajectories, [n, ...], without gradient.
 
     h: None, for the exact derivative; or the angle of a central difference, whose error is of second order in it (of first
     order nearer to the schedule's ends than that).
     """
 
     def f(x: Tensor, theta: Tensor) -> Tensor:
-        return role(*seen(schedule, x, theta), at.cond).trig
+        return predicted(role, schedule, at._replace(x=x, theta=theta)).trig
 
     speed = at.theta.cos() * at.theta.sin()
     if h is None:
-        return jvp(f, (at.x, at.theta), (like(speed, at.x) * at.velocity, speed))
-    with torch.no_grad():
-        ends = (
-            (at.theta + h).clamp(max=angle(schedule, 1.0, at.theta)),
-            (at.theta - h).clamp(min=angle(schedule, 0.0, at.theta)),
-        )
-        ahead, behind = (f(turned(at.x, at.velocity, end - at.theta), end) for end in ends)
-        return f(at.x, at.theta), like(speed / (ends[0] - ends[1]), at.x) * (ahead - behind)
+        return jvp(f, (at.x, at.theta), (like(speed, at.x) * at.velocity, speed))[1]
+    ends = ((at.theta + h).clamp(max=angle(schedule, 1.0, at.theta)), (at.theta - h).clamp(min=angle(schedule, 0.0, at.theta)))
+    ahead, behind = (f(turned(at.x, at.velocity, end - at.theta), end) for end in ends)
+    return like(speed / (ends[0] - ends[1]), at.x) * (ahead - behind)
 
 
 def consistency(roles: Roles, at: Points, share: float, c: float, h: float | None) -> tuple[Tensor, Tensor]:
@@ -140,9 +137,13 @@ def consistency(roles: Roles, at: Points, share: float, c: float, h: float | Non
     With share 1, g is cos(theta) df/dtheta for the consistency function f = cos(theta) x - sin(theta) F: arXiv:2410.11081,
     Eq. 6 and 8, Sec. 4.2.
     """
-    old, slope = derivative(roles.student, roles.schedule, at, h)
-    cos, sin = like(at.theta.cos(), at.x), like(at.theta.sin(), at.x)
-    g = -(cos**2) * (old - at.velocity) - share * (cos * sin * at.x + slope)
-    size = g.square().flatten(1).mean(1).sqrt()
-    error = predicted(roles, at).trig - (old + g / like(size + c, g))
-    return error.square().flatten(1).mean(1), size
+    slope = derivative(
+        roles.student, roles.schedule, at, h
+    )  # first, so that its pass and the one with gradient never live at once
+    F = predicted(roles.student, roles.schedule, at).trig
+    with torch.no_grad():
+        cos, sin = like(at.theta.cos(), at.x), like(at.theta.sin(), at.x)
+        g = -(cos**2) * (F - at.velocity) - share * (cos * sin * at.x + slope)
+        size = g.square().flatten(1).mean(1).sqrt()
+        target = F + g / like(size + c, g)
+    return (F - target).square().flatten(1).mean(1), size

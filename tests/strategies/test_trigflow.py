@@ -123,9 +123,7 @@ def test_finite_differences_are_of_second_order(schedule, kind):
     exact = derivative(roles.student, schedule, at, None)
     off = []
     for h in (0.02, 0.01):
-        value, slope = derivative(roles.student, schedule, at, h)
-        assert torch.equal(value, exact[0])
-        off.append((slope - exact[1]).norm().item())
+        off.append((derivative(roles.student, schedule, at, h) - exact).norm().item())
     assert off[0] < 1e-3 and off[0] / off[1] == pytest.approx(4, rel=0.05)
 
 
