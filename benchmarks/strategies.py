@@ -31,6 +31,7 @@ PAGE, PICTURE = REPO / "docs/strategies.md", REPO / "docs/strategies.png"
 BEGIN, END = "<!-- made by benchmarks/strategies.py -->", "<!-- end of what was made -->"
 RECIPES = (
     "lcm_tiny_sd_short",
+    "tscd_tiny_sd",
     "dmd_tiny_sd",
     "quickstart",
     "decoupled_dmd_tiny_sd",

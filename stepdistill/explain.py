@@ -75,7 +75,7 @@ def roles(one: Strategy) -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys(["teacher", *one.roles, *trained]):
         yield name, ROLES.get(name) or ROLES.get(name.split("_")[0], "of this strategy alone; see above")
         for who in dict.fromkeys(who for players in stages for who, names in players.items() if name in names):
-            when = [str(k + 1) for k, players in enumerate(stages) if name in players[who]]
+            when = [str(k + 1) for k, players in enumerate(stages) if name in players.get(who, ())]
             only = f" in stage {', '.join(when)}" if len(when) < len(stages) else ""
             yield "", f"(player {who}{only}: optim.{'student' if who == 'student' else 'critic'}_lr)"
 

@@ -9,7 +9,7 @@ original_inference_steps T visits T - 1 - floor(T k / N), ours where N divides T
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,18 +177,18 @@ def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference, 
         moved = scheduler.step(raw, timestep, x, **more, generator=theirs, return_dict=False)[0]
         p = read(kind, raw, x, *level(schedule, hop.time))
         time = how.hops[i + 1].time if i + 1 < len(how.hops) else None
-        x = walked(schedule, how, p, time, lambda: torch.randn(x.shape, generator=ours))
+        x = walked(schedule, how, p, time, torch.randn(x.shape, generator=ours))
         off = max(off, ((moved - x).abs().max() / (1 + x.abs().max())).item())
     return off
 
 
-def walked(schedule: Schedule, how: Inference, p: Prediction, time: float | None, noise: Callable[[], Tensor]) -> Tensor:
+def walked(schedule: Schedule, how: Inference, p: Prediction, time: float | None, noise: Tensor) -> Tensor:
     """Where the prediction leads: to a lower time or (None) the end. Our maths once more, for one sample."""
     if how.eta is None:
-        return p.x0 if time is None else mix(p.x0, noise() if how.renoise else p.eps, *level(schedule, time))
+        return p.x0 if time is None else mix(p.x0, noise if how.renoise else p.eps, *level(schedule, time))
     since = level(schedule, 0.0 if time is None else schedule.scaled(time, 1 - how.eta))
     x_s = mix(p.x0, p.eps, *since)
-    return x_s if time is None or not how.eta else mix(x_s, noise(), *transition(since, level(schedule, time)))
+    return x_s if time is None or not how.eta else mix(x_s, noise, *transition(since, level(schedule, time)))
 
 
 def level(schedule: Schedule, time: float) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def test_segments_end_where_they_should(schedule, kind, stage):
 @SEGMENTS
 @pytest.mark.parametrize("ema", [None, 0.95])
 def test_exact_student_of_an_exact_solver_has_no_loss(schedule, kind, segments, ema):
-    """Also where the target's own time is the segment's end, at which a jump to it is 0 / 0."""
+    """Also where the target's own time is the segment's end, and sigma 0."""
     jump, nets = end(schedule, segments), {}
     if ema is not None:
         nets["target"] = Solver(M, C, schedule, jump)
@@ -307,9 +307,8 @@ def test_stages():
 def test_inference():
     """One segment: any number of steps, with eta. More, or scores distilled: their own steps, deterministic, and no others."""
     how = TSCD(steps=4).inference(VP)
-    assert [round(hop.time * 999) for hop in how.hops] == [999, 749, 499, 249] and how.eta == 1
+    assert [round(hop.time * 999) for hop in how.hops] == [999, 749, 499, 249] and how.eta == 0
     assert len(TSCD().inference(VP, 3).hops) == 3 and TSCD(eta=0.3).inference(VP).eta == 0.3
-    assert TSCD().inference(FLOW).eta == 0 and TSCD(eta=1.0).inference(FLOW).eta == 1
     own = TSCD(segments=(8, 4), mix=(0.0, 0.0), steps=4)
     for schedule in (VP, FLOW, SHIFTED):
         how = own.inference(schedule)
@@ -352,11 +351,11 @@ def test_tcd_scheduler_on_the_exact_student_ends_on_the_trajectory(segments):
         ({"grid": 50}, "grid: 50 does not fall into 8 segments"),
         ({"mix": (0.1,)}, "mix: 1 shares for 4 stages"),
         ({"guidance": (6.0, 2.0)}, "guidance: [6.0, 2.0] is no range"),
-        ({"segments": (8, 4), "steps": 2}, "steps: 2, but such a student takes 4"),
+        ({"segments": (8, 4), "steps": 2}, "steps: 2, but segments and score make a student for 4"),
         ({"segments": (8, 4), "score": True}, "score: scores are distilled into one step"),
-        ({"score": True}, "steps: 4, but such a student takes 1"),
-        ({"segments": (8, 4), "eta": 0.3}, "eta: only a student of one segment"),
-        ({"score": True, "steps": 1, "eta": 0.0}, "eta: only a student of one segment"),
+        ({"score": True}, "steps: 4, but segments and score make a student for 1"),
+        ({"segments": (8, 4), "eta": 0.3}, "eta: 0.3 is new noise, but a student made for 4 steps"),
+        ({"score": True, "steps": 1, "eta": 1.0}, "eta: 1 is new noise, but a student made for 1 steps"),
     ],
 )
 def test_fields_are_checked_together(fields, told):
