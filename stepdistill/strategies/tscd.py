@@ -56,7 +56,7 @@ class TSCD(Strategy):
     the end; after minutes none at all was best (tiny-sd, 2 steps: FD 3.8 with eta 0, 4.3 with 0.3, 5.5 with 1). A sample and
     iteration costs 4 forwards, of which 1 has a gradient (teacher 2, target 1, student 1); mix adds 3, of which 1 has one.
 
-    Healthy curves: seen in two runs of tiny-sd, of 400 and 540 iterations.
+    Healthy curves: seen in tscd_tiny_sd, 400 iterations.
 
     - student/consistency compares the student with itself, and a stage with fewer segments is harder: each stage has its own
       level. It sank from 0.011 to 0.007 in 200 iterations of 2 segments, jumped to 0.024 as 1 segment began, and stayed between
