@@ -33,6 +33,7 @@ RECIPES = (
     "lcm_tiny_sd_short",
     "tscd_tiny_sd",
     "dmd_tiny_sd",
+    "reflow_tiny_sd",
     "quickstart",
     "decoupled_dmd_tiny_sd",
     "phased_dmd_tiny_sd",

@@ -1,4 +1,4 @@
-"""Rectified flow from teacher pairs. Liu et al. 2022, arXiv:2209.03003; InstaFlow, arXiv:2309.06380; rf++, arXiv:2405.20320."""
+"""Rectified flow from teacher pairs. Liu et al. 2022, arXiv:2209.03003; rf++, Lee et al. 2024, arXiv:2405.20320."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ class Reflow(Strategy):
 
     Objective: least error of the velocity along the chord of every pair (z, x0).
 
-        eps   = (z - alpha_1 x0) / sigma_1      so that the chord begins in z on tables too; on flow it is z
-        x_t   = alpha_t x0 + sigma_t eps
-        t     where sigma_t / (alpha_t + sigma_t), rectified flow's own time, is tau (on tables: tau of its range)
-        tau   = 1/2 + asinh((2 u - 1) sinh(a / 2)) / a     u ~ U(0, 1), a = u_shape; a = 0: tau = u
+        eps   = (z - alpha_1 x0) / sigma_1    on flow z; on tables too, x_1 is z
+        x_t   = alpha_t x0 + sigma_t eps      tau = sigma_t / (alpha_t + sigma_t)
+        tau   = 1/2 + asinh((2 u - 1) sinh(a/2)) / a    u ~ U(0, 1), a = u_shape
         e     = flow(x_t, t) - (eps - x0)
 
         l2           L = mean(e^2)
-        huber        L = H = (sqrt(|e|^2 + c^2) - c) / d       of samples of d entries, c = huber d
-        lpips_huber  L = (1 - tau) H + LPIPS(decode(x0_student), decode(x0)), with divide_lpips LPIPS / tau
+        huber        L = H = (sqrt(|e|^2 + c^2) - c) / d   d entries, c = huber d
+        lpips_huber  L = (1 - tau) H + LPIPS(decode(x0 at x_t), decode(x0))
+                     divide_lpips: LPIPS / tau
 
-    The density of tau is proportional to e^(a tau) + e^(a (1 - tau)): most at both ends (rf++). From iteration reflow_steps on
-    tau is 1: x_t is z, and e is the error of the sample of one step, but for a constant. Guidance acts in the pairs alone, and
-    is distilled in.
+    tau is the time of rectified flow; what a table has of it is stretched to (0, 1]. Its density is proportional to e^(a tau) +
+    e^(a (1 - tau)): most at both ends (rf++); a = 0 is uniform. From iteration reflow_steps on tau is 1: x_t is z, and e is, up
+    to a constant, the error of the sample of one step. Guidance acts in the pairs alone, and is distilled in.
 
     Rectified again (k-rectified flow) the student becomes the teacher: stepdistill export RUN --formats fused writes a whole
-    pipeline, whose folder is the model.source of a second recipe, with guidance 1. InstaFlow distils pairs of the rectified
-    student, which is such a recipe with reflow_steps 0. On flow that folder does not know the teacher's shift, which straight
-    ways do not need.
+    pipeline, whose folder is the model.source of a second recipe, with guidance 1. InstaFlow, arXiv:2309.06380, distils pairs
+    of the rectified student: that is such a recipe with reflow_steps 0. On flow the folder does not know the teacher's shift,
+    which straight ways do not need.
 
     When to choose it: for one step without pictures and without a second learner, where some thousands of pairs are affordable.
     It is the cheapest and steadiest strategy, one forward with a gradient a sample and iteration (lpips_huber adds two
@@ -81,8 +81,6 @@ class Reflow(Strategy):
             yield f"distance: lpips_huber needs a package that is not installed; {perceptual.INSTALL}, or set distance to huber"
         if self.divide_lpips and self.distance != "lpips_huber":
             yield "divide_lpips: there is no LPIPS to divide; set distance to lpips_huber, or this to false"
-        if self.reflow_steps is not None and self.steps > 1:
-            yield f"steps: {self.steps}, but distillation is to one; set steps to 1, or reflow_steps to null"
 
     def stage(self, step):
         return int(self.reflow_steps is not None and step >= self.reflow_steps)
