@@ -32,8 +32,11 @@ BEGIN, END = "<!-- made by benchmarks/strategies.py -->", "<!-- end of what was 
 RECIPES = (
     "lcm_tiny_sd_short",
     "tscd_tiny_sd",
-    "dmd_tiny_sd",
+    "scm_tiny_sd",
+    "rcm_tiny_sd",
+    "boot_tiny_sd",
     "reflow_tiny_sd",
+    "dmd_tiny_sd",
     "quickstart",
     "decoupled_dmd_tiny_sd",
     "phased_dmd_tiny_sd",
