@@ -27,19 +27,29 @@ class BOOT(Strategy):
 
     Objective: one solver step of the guided teacher from the student's own signal y(z, t) must give the next one.
 
-        x_t    = alpha_t y(z, t) + sigma_t eps    eps = z / sigma_1; y(z, 1) = 0, so that x_1 = z
-        D      = D_null + w (D_cond - D_null)     of the teacher at x_t, w = guidance
-        kappa  = 1 - alpha_t sigma_s / (alpha_s sigma_t)    s the point of the grid below t; 1 where s = 0
-        L      = mean((y(z, s) - sg(y(z, t) + kappa (D - y(z, t))))^2)    t uniform on the grid
+        x_t    = alpha_t y(z, t) + sigma_t eps    eps = z / sigma_1
+        D      = D_null + w (D_cond - D_null)     of the teacher at x_t
+        y_s    = y(z, t) + kappa (D - y(z, t))    t on the grid, s next below
+        kappa  = 1 - alpha_t sigma_s / (alpha_s sigma_t), but 1 where s = 0
+        L      = mean((y(z, s) - sg(y_s))^2)
 
-        boundary      weight beta of the samples with t = 1, whose target is kappa D(z, 1)
-        solver: heun  D is the mean of itself and of D where its step arrives, except where s = 0
+        boundary  where t = 1: y(z, 1) = 0, so that x_1 = z; weight beta
+        heun      D is the mean of D at x_t and where its step arrives
 
     sg stops the gradient: it reaches y(z, s) alone. y(z, t) comes of the student itself or, with ema, of its average. The step
     is exactly DDIM (flow: Euler) in terms of y, so a student without loss is where that sampler takes z in as many steps. Where
     alpha_1 = 0, as on flow, kappa is 1 at t = 1, and the boundary loss the paper's, |y - D(z, 1)|^2. DDPM tables leave alpha_1
     above 0, but a sampler starts from z there too: hence y(z, 1) = 0 and the sigma_1 in eps. The grid stands for the paper's
     delta; its weights w(t) / delta^2 are not confirmed, and here all t weigh the same.
+
+    When to choose it: for one step from prompts alone, where nothing is to learn against anything else, and where the pictures
+    should keep the layout that the teacher makes of the same noise. A sample and iteration costs 4 forwards, of which 1 has a
+    gradient (teacher 2, student 2), as LCM's; heun adds 2. Each point of the grid is learnt from the one above it, with its
+    errors, so few of them go far in few iterations, and many follow the teacher more closely in the end. Its error is squared,
+    so what one step cannot follow is blurred: VSD's pictures are sharper. The network has to hear another time than its
+    scheduler's: a line of Python more in diffusers (the card prints it), and nothing that ComfyUI or A1111 can do.
+
+    Healthy curves: to be measured, student/bootstrapping student/boundary
     """
 
     guidance: float = ranged(4.0, low=1)  # scale of the teacher

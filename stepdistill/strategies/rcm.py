@@ -46,7 +46,7 @@ class RCM(Strategy):
     trajectories keep it. Two objectives cost more than one: a student's iteration 2 forwards with a gradient and 7 without,
     beside the rollout of (rollout - 1) / 2; a critic's 1 with a gradient beside the rollout's (rollout + 1) / 2.
 
-    Healthy curves: TODO
+    Healthy curves: to be written, of student/consistency, student/tangent, student/matching, critic/denoising.
     """
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled

@@ -58,7 +58,7 @@ class SCM(Strategy):
     and iteration costs 1 forward with a gradient and 4 without (teacher 2, student 2); a point of a trajectory the same, and
     each trajectory 2 more.
 
-    Healthy curves: TODO
+    Healthy curves: to be written, of student/consistency, student/tangent, student/matching, critic/denoising.
     """
 
     steps: int = ranged(2, low=1, high=50)  # evaluations of the student when it is sampled
