@@ -134,7 +134,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (SHARED, "roles.fake(roles.noise(x, t, eps, s), t, cond)", "roles.teacher(roles.noise(x, t, eps, s), t, cond)", "dmd2"),
     (SHARED, "hops[draw.choice(len(hops))]", "hops[0]", "dmd2"),
     (SHARED, "how.hops[last].time", "how.hops[0].time", "dmd2"),
-    (SHARED, "for x in (batch.x0, x0))", "for x in (x0, batch.x0))", "dmd2"),
+    (SHARED, "for x in (real, fake))", "for x in (fake, real))", "dmd2"),
     (SHARED, "weight * loss", "loss", "dmd2"),
     (SHARED, "roles[reads].features", 'roles["student"].features', "dmd2"),
     (SHARED, "torch.where(which.reshape(-1, *[1] * (x.ndim - 1)), batch.null[name], x)", "x", "vsd"),
