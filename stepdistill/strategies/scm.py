@@ -49,9 +49,9 @@ class SCM(Strategy):
     acts in v alone, and is distilled in.
 
     The exact derivative (difference: null) is what the paper takes. Networks that hear times as 0 to 1000 have fine waves in
-    time that training never touched, and the exact derivative is theirs: on tiny-sd at noise it had more than twice the size of
-    the difference over 0.03, and training diverged. Differences average over such waves, and cost 2 forwards in place of one with
-    tangents.
+    time that training never touched, and the exact derivative is theirs: on tiny-sd at noise it had more than twice the size
+    of the difference over 0.03, and training diverged. Differences average over such waves, and cost 2 forwards in place of
+    one with tangents.
 
     When to choose it: for 1 or 2 steps, from pictures or the teacher's own trajectories, without a second learner. It keeps
     what the teacher makes of a noise, and so its variety, as LCM does. rCM adds a score difference, which sharpens. A sample
