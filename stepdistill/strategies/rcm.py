@@ -48,8 +48,8 @@ class RCM(Strategy):
 
     Healthy curves: seen in rcm_tiny_sd (300 iterations, of which 50 of warm-up), and with another weight in its place.
 
-    - student/tangent and student/consistency are those of sCM. The tangent rose from 0.15 to 0.4 in the warm-up, and slowly on to
-      0.68: the two parts do not want quite the same. Consistency went from 0.3 to 0.73.
+    - student/tangent and student/consistency are those of sCM. The tangent rose from 0.15 to 0.4 in the warm-up, and slowly on
+      to 0.68: the two parts do not want quite the same. Consistency went from 0.3 to 0.73.
     - student/matching is how far apart the two scores are, in units of the teacher's own error. It began at 0.4, what guidance
       alone adds, rose to 0.66 within ten iterations, as the critic learnt, and sank to 0.48.
     - critic/denoising rose from 0.2 to 0.38, and stayed. It is the error of a task that changes with the student.
