@@ -49,7 +49,13 @@ class BOOT(Strategy):
     so what one step cannot follow is blurred: VSD's pictures are sharper. The network has to hear another time than its
     scheduler's: a line of Python more in diffusers (the card prints it), and nothing that ComfyUI or A1111 can do.
 
-    Healthy curves: to be measured, student/bootstrapping student/boundary
+    Healthy curves: seen in boot_tiny_sd (400 iterations).
+
+    - student/bootstrapping is the squared error of the points below noise. It fell fast, from 1 to 0.15 in 50 iterations, as
+      the network learnt to hear the time, and then slowly, to 0.075. Towards points that it has not learnt yet it can rise.
+    - student/boundary, of the points next to noise, fell from 0.25 to 0.05; an iteration that drew none shows 0.
+    - student/grad_norm was 0.3 to 0.5 throughout, with single peaks of 1 to 2.5, which optim.clip cuts.
+    - What is sick was not seen here. In terms of signals, all that a point has learnt wrongly the next one below learns too.
     """
 
     guidance: float = ranged(4.0, low=1)  # scale of the teacher

@@ -49,17 +49,20 @@ class Reflow(Strategy):
     of the rectified student: that is such a recipe with reflow_steps 0. On flow the folder does not know the teacher's shift,
     which straight ways do not need.
 
-    When to choose it: for one step without pictures and without a second learner, where some thousands of pairs are affordable.
-    It is the cheapest and steadiest strategy, one forward with a gradient a sample and iteration (lpips_huber adds two
-    decodings, one with a gradient, and a VGG network), and the student keeps what the teacher makes of the same noise. What one
-    step cannot follow it averages, so pictures are soft; DMD sharpens them by a matching of distributions, from the same pairs.
-    Without reflow_steps one LoRA serves any number of steps, and gains from each.
+    When to choose it: for one or two steps without pictures and without a second learner, where some thousands of pairs are
+    affordable. It is the cheapest strategy, one forward with a gradient a sample and iteration (lpips_huber adds two decodings,
+    one with a gradient, and a VGG network), and the student keeps what the teacher makes of the same noise. Where one step
+    cannot tell which way a pair goes, it averages; against that DMD adds a matching of distributions to the same pairs. On
+    tiny-sd one step was best distilled, and two gained from that as well; without it, each further step was a gain.
 
-    Healthy curves: CURVES
+    Healthy curves: seen in reflow_tiny_sd (800 iterations), with its distance huber, which in flow is about (|e| - c) / d: the
+    larger the samples, the smaller it is.
 
-    - student/flow
-    - student/lpips
-    - student/grad_norm
+    - student/flow fell little while ways were straightened, from 0.015 to 0.013 in 200 iterations, under noise of a quarter of
+      its value. As distillation began it rose to 0.021, since tau = 1 is the hardest time, and fell to 0.0148 by the end. It
+      does not reach 0: one step of a network cannot follow every pair.
+    - student/lpips, only with lpips_huber, is the distance of decoded pictures. (Not measured here.)
+    - student/grad_norm lay at 0.005, in distillation at 0.012 with single peaks up to 0.17.
     """
 
     steps: int = ranged(1, low=1, high=50)  # evaluations of the student when it is sampled
