@@ -32,7 +32,8 @@ class RCM(Strategy):
         x_t  = alpha_t x0 + sigma_t eps      t ~ U(t_range)
         real = D_null + w (D_cond - D_null)  of the teacher at x_t, w = guidance
         fake = D_cond                        of the fake score at x_t
-        L    = matching 1/2 mean((x0 - sg(x0 - (fake - real) / mean|x0 - real|))^2)
+        g    = (fake - real) / mean|x0 - real|   the mean over each sample
+        L    = matching 1/2 mean((x0 - sg(x0 - g))^2)          second part
 
         critic  mean |D_fake(x_t) - sg(x0)|^2 / sin^2(theta_t)
 
