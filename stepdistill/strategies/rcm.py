@@ -32,8 +32,8 @@ class RCM(Strategy):
         x_t  = alpha_t x0 + sigma_t eps      t ~ U(t_range)
         real = D_null + w (D_cond - D_null)  of the teacher at x_t, w = guidance
         fake = D_cond                        of the fake score at x_t
-        g    = (fake - real) / mean|x0 - real|   the mean over each sample
-        L    = matching 1/2 mean((x0 - sg(x0 - g))^2)          second part
+        d    = (fake - real) / mean|x0 - real|   the mean over each sample
+        L    = matching 1/2 mean((x0 - sg(x0 - d))^2)          second part
 
         critic  mean |D_fake(x_t) - sg(x0)|^2 / sin^2(theta_t)
 
@@ -68,7 +68,7 @@ class RCM(Strategy):
     difference: float | None = ranged(0.03, above=0, below=0.5)  # angle of central differences; null: the exact derivative
     tangent: float = ranged(0.1, above=0)  # constant c of the tangent's normalization
     warmup: int = ranged(1000, low=0)  # iterations of consistency alone, in which the share r of the derivative rises to 1
-    matching: float = ranged(1.0, above=0)  # weight of the score difference (the paper's 0.01 is to sums, see above)
+    matching: float = ranged(6.0, above=0)  # weight of the score difference (the paper's 0.01 is to sums, see above)
     rollout: int = ranged(4, low=1, high=50)  # at most so many random steps make the samples that are matched
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times of rollouts, and of the two scores
     student_every: int = ranged(5, low=1)  # of so many iterations one moves the student, and the others the critic
