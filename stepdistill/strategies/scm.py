@@ -148,5 +148,6 @@ class Errors(nn.Module):
 
     def forward(self, theta: Tensor, error: Tensor) -> Tensor:
         """The weighted loss [n] of errors [n] at angles theta [n]: exp(-w) error / tan(theta) + w."""
-        usual = self.layers(theta.tan().log()[:, None])[:, 0]
-        return (-usual).exp() * error / theta.tan() + usual
+        tan = theta.sin() / theta.cos().clamp(min=1e-6)  # float32's pi/2 is larger than pi/2, where tan is below 0
+        usual = self.layers(tan.log()[:, None])[:, 0]
+        return (-usual).exp() * error / tan + usual

@@ -137,9 +137,7 @@ def consistency(roles: Roles, at: Points, share: float, c: float, h: float | Non
     With share 1, g is cos(theta) df/dtheta for the consistency function f = cos(theta) x - sin(theta) F: arXiv:2410.11081,
     Eq. 6 and 8, Sec. 4.2.
     """
-    slope = derivative(
-        roles.student, roles.schedule, at, h
-    )  # first, so that its pass and the one with gradient never live at once
+    slope = derivative(roles.student, roles.schedule, at, h)  # before there is a graph in memory
     F = predicted(roles.student, roles.schedule, at).trig
     with torch.no_grad():
         cos, sin = like(at.theta.cos(), at.x), like(at.theta.sin(), at.x)

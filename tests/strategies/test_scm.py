@@ -114,6 +114,8 @@ def test_adaptive_weights():
     assert (
         loss.item() != pytest.approx(logs["consistency"].item()) and len(gradient(loss, [*strategy.errors.parameters()])) == 4
     )
+    top = Errors()(torch.tensor([math.pi / 2]), torch.tensor([0.5]))  # in float32
+    assert top.isfinite().all()
     assert not made().modules() and made().players(0) == {"student": ("student",)}
 
 
