@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 
-from .diffusion import Kind, Prediction, mix, read, transition
-from .sampling import Inference
+from .diffusion import Kind, read
+from .roles import Roles
+from .sampling import Inference, step
 from .schedules import RectifiedFlow, Schedule, VariancePreserving
 
 TOLERANCE = 2e-5  # of the trial: float32 rounding, and the 7e-6 by which LCMScheduler leans on its input at timestep 19
@@ -171,29 +172,16 @@ def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference, 
     size = 1000 if isinstance(schedule, RectifiedFlow) else len(schedule.theta) - 1  # timestep of time 1
     x, off = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0.0
     theirs, ours = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    process = Roles(SimpleNamespace(schedule=schedule))  # no role is asked: only what they share is stepped
     for i, (hop, timestep) in enumerate(zip(how.hops, scheduler.timesteps, strict=True)):
         off = max(off, abs(float(timestep) / size - hop.time))
         raw = x.tanh()
         moved = scheduler.step(raw, timestep, x, **more, generator=theirs, return_dict=False)[0]
-        p = read(kind, raw, x, *level(schedule, hop.time))
+        p = read(kind, raw, x, *schedule.alpha_sigma(torch.tensor([hop.time], dtype=torch.float64)))
         time = how.hops[i + 1].time if i + 1 < len(how.hops) else None
-        x = walked(schedule, how, p, time, torch.randn(x.shape, generator=ours))
+        x = step(process, how, p, time, lambda like: torch.randn(like.shape, generator=ours))
         off = max(off, ((moved - x).abs().max() / (1 + x.abs().max())).item())
     return off
-
-
-def walked(schedule: Schedule, how: Inference, p: Prediction, time: float | None, noise: Tensor) -> Tensor:
-    """Where the prediction leads: to a lower time or (None) the end. Our maths once more, for one sample."""
-    if how.eta is None:
-        return p.x0 if time is None else mix(p.x0, noise if how.renoise else p.eps, *level(schedule, time))
-    since = level(schedule, 0.0 if time is None else schedule.scaled(time, 1 - how.eta))
-    x_s = mix(p.x0, p.eps, *since)
-    return x_s if time is None or not how.eta else mix(x_s, noise, *transition(since, level(schedule, time)))
-
-
-def level(schedule: Schedule, time: float) -> tuple[Tensor, Tensor]:
-    """alpha and sigma [1] of a time."""
-    return schedule.alpha_sigma(torch.tensor([time], dtype=torch.float64))
 
 
 def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[str, Any]]:

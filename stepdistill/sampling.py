@@ -54,17 +54,18 @@ def sample(roles: Roles, how: Inference, noise: Tensor, cond, normal: Normal = t
     at time 0, where tables leave a little noise."""
     last = len(how.hops) - 1
     x_t, _ = rollout(roles, how, noise, cond, normal, last, null)
-    p = ask(roles, how, how.hops[last], x_t, cond, null)
-    return p.x0 if how.eta is None else roles.move(p, p.x0.new_zeros(len(p.x0)))
+    return step(roles, how, ask(roles, how, how.hops[last], x_t, cond, null), None, normal)
 
 
-def step(roles: Roles, how: Inference, p: Prediction, time: float, normal: Normal) -> Tensor:
-    """From a prediction to x at a lower noise level, [B, ...].
+def step(roles: Roles, how: Inference, p: Prediction, time: float | None, normal: Normal) -> Tensor:
+    """From a prediction to x at a lower noise level, or (None) to where sampling ends, [B, ...].
 
     With eta, strategic stochastic sampling: deterministically to 1 - eta of that time, then up by new noise. TCD,
     arXiv:2402.19159, Alg. 4.
     """
     full = p.x0.new_full([len(p.x0)], 1.0)
+    if time is None:
+        return p.x0 if how.eta is None else roles.move(p, full * 0)
     t = full * time
     if how.eta is None:
         return roles.noise(p.x0, t, normal(p.x0)) if how.renoise else roles.move(p, t)

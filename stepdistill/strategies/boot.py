@@ -15,7 +15,7 @@ from ..fields import ranged
 from ..roles import Denoiser, Roles
 from ..sampling import Hop, Inference
 from .base import Strategy
-from .shared import renoises
+from .shared import begin_target, move_target, renoises
 
 
 @dataclass
@@ -72,8 +72,7 @@ class BOOT(Strategy):
         return ("student",) if self.ema is None else ("student", "target")
 
     def enter(self, roles, stage):
-        if "target" in roles:
-            roles.target.follow(roles.student)  # a LoRA's A is random: an average must start from the same A
+        begin_target(roles)
 
     def losses(self, roles, batch, draw):
         z, times = batch.noise, roles.schedule.grid(self.grid)
@@ -81,7 +80,7 @@ class BOOT(Strategy):
         n = draw.integer(self.grid - self.reach(draw.step) + 1, self.grid + 1)
         t, s, first = times[n], times[n - 1], n == self.grid  # [B], s < t
         with torch.no_grad():
-            y = signal(roles["student" if self.ema is None else "target"], batch, t)
+            y = signal(roles.get("target", roles.student), batch, t)
             target = self.descend(roles, batch, torch.where(like(first, z) == 1, 0, y), t, s)
         error = (signal(roles.student, batch, s) - target).square().flatten(1).mean(1)  # [B]
         loss = torch.where(first, self.boundary * error, error).mean()
@@ -109,8 +108,7 @@ class BOOT(Strategy):
         return y.lerp(d, kappa)
 
     def after_step(self, roles, moved):
-        if self.ema is not None and "student" in moved:
-            roles.target.follow(roles.student, self.ema)
+        move_target(roles, moved, self.ema)
 
     def inference(self, schedule, steps=None):
         if steps not in (None, 1):

@@ -11,7 +11,7 @@ from ..fields import ranged
 from ..losses import pseudo_huber
 from ..sampling import Inference, trailing
 from .base import Strategy
-from .shared import renoises
+from .shared import begin_target, move_target, renoises
 
 
 @dataclass
@@ -75,8 +75,7 @@ class LCM(Strategy):
             yield f"guidance: {list(self.guidance)} is no range; write the smaller scale first"
 
     def enter(self, roles, stage):
-        if "target" in roles:
-            roles.target.follow(roles.student)  # a LoRA's A is random: an average must start from the same A
+        begin_target(roles)
 
     def losses(self, roles, batch, draw):
         x0, w = batch.x0, draw.uniform(*self.guidance)  # [B, ...], [B]
@@ -88,14 +87,13 @@ class LCM(Strategy):
         x_t = roles.noise(x0, t, batch.noise)
         with torch.no_grad():
             x_s = roles.move(roles.teacher.guided(x_t, t, batch.cond, batch.null, w), s)  # one step down the PF-ODE
-            target = roles["student" if self.ema is None else "target"](x_s, s, cond).x0
+            target = roles.get("target", roles.student)(x_s, s, cond).x0
             target = torch.where(like(s, x_s) == 0, x_s, target)  # the boundary: at t = 0 it ends where it is
         loss = pseudo_huber(roles.student(x_t, t, cond).x0, target, self.huber)
         yield "student", loss, {"consistency": loss}
 
     def after_step(self, roles, moved):
-        if self.ema is not None and "student" in moved:
-            roles.target.follow(roles.student, self.ema)
+        move_target(roles, moved, self.ema)
 
     def inference(self, schedule, steps=None):
         return Inference(

@@ -98,7 +98,8 @@ class SCM(Strategy):
             yield f"intervals: {list(self.intervals)} do not grow; write the smaller number first"
 
     def setup(self, roles):
-        self.errors = Errors()
+        if self.adaptive:
+            self.errors = Errors()
 
     def modules(self):
         return {"errors": self.errors} if self.adaptive else {}

@@ -113,6 +113,18 @@ def fit_fake(
     return denoising(p, target, space or roles.fake.kind, weight)
 
 
+def begin_target(roles: Roles) -> None:
+    """Let the target network, if there is one, begin as the student: a LoRA's A is random, so its average must start there."""
+    if "target" in roles:
+        roles.target.follow(roles.student)
+
+
+def move_target(roles: Roles, moved: set[str], decay: float | None) -> None:
+    """Let it follow the student, if that moved: a running average, which keeps the share `decay` of itself."""
+    if "target" in roles and "student" in moved:
+        roles.target.follow(roles.student, decay)
+
+
 def drop_prompts(batch: Batch, which: Tensor) -> dict[str, Tensor]:
     """The batch's encoded prompts, empty for the samples `which` [B] marks; all of them if there is no empty prompt."""
     if batch.null is None:

@@ -17,7 +17,7 @@ from ..roles import Roles
 from ..sampling import Inference, trailing
 from .base import Strategy
 from .dmd2 import DMD2
-from .shared import Head, discriminate, logits
+from .shared import Head, begin_target, discriminate, logits, move_target
 
 
 @dataclass
@@ -126,8 +126,7 @@ class TSCD(Strategy):
         return min(step // self.stage_steps, self.stages - 1)
 
     def enter(self, roles, stage):
-        if "target" in roles:
-            roles.target.follow(roles.student)  # a LoRA's A is random: an average must start from the same A
+        begin_target(roles)
 
     def players(self, stage):
         if stage == len(self.segments):
@@ -159,13 +158,12 @@ class TSCD(Strategy):
         x_t = roles.noise(x0, t, batch.noise)
         with torch.no_grad():
             x_s = roles.move(roles.teacher.guided(x_t, t, batch.cond, batch.null, w), s)  # one step down the PF-ODE
-            target = roles.move(roles["student" if self.ema is None else "target"](x_s, s, batch.cond), end)
+            target = roles.move(roles.get("target", roles.student)(x_s, s, batch.cond), end)
             target = torch.where(like(s, x_s) == like(end, x_s), x_s, target)  # F is that anyway, but where sigma is 0
         return roles.move(roles.student(x_t, t, batch.cond), end), target, end
 
     def after_step(self, roles, moved):
-        if self.ema is not None and "student" in moved:
-            roles.target.follow(roles.student, self.ema)
+        move_target(roles, moved, self.ema)
 
     def inference(self, schedule, steps=None):
         if self.made_for is None:

@@ -10,7 +10,7 @@ from worlds import F64, FLOW, PROCESSES, SD_SCHEDULER, SHIFTED, SIGNS, VP, Affin
 from stepdistill.batch import Batch, Draw
 from stepdistill.diffusion import like
 from stepdistill.sampling import Inference, sample, trailing
-from stepdistill.strategies import DMD2, TSCD, shared
+from stepdistill.strategies import TSCD, shared
 
 M, C, N = 0.7, 0.5, 12  # the data's mean and spread; points of the grid
 EVERY = pytest.mark.parametrize(("schedule", "kind"), [*PROCESSES, (FLOW, "x0")])
@@ -257,70 +257,11 @@ def test_clean_samples_are_read_as_ever(schedule):
     assert torch.equal(got[..., 0], a * x + s * draw.normal(x))
 
 
-def test_average_follows_the_student_only_when_it_moved():
-    roles = play(FLOW, "flow", Gaussian(M, C), student=Affine(1.0, 2.0, 3), target=Affine(0.0, 0.0, 3))
-    strategy = TSCD(ema=0.9)
-    strategy.after_step(roles, {"critic"})
-    assert roles.target.net.b.tolist() == [0.0] * 3
-    strategy.after_step(roles, {"student", "critic"})
-    assert torch.stack(roles.target.parameters()).flatten().tolist() == pytest.approx([0.1] * 3 + [0.2] * 3)
-    strategy.enter(roles, 0)
-    assert all(torch.equal(a, b) for a, b in zip(roles.target.parameters(), roles.student.parameters(), strict=True))
-    TSCD().enter(play(FLOW, "flow", Gaussian(M, C), student=Affine(1.0, 2.0, 3)), 0)
-    TSCD().after_step(play(FLOW, "flow", Gaussian(M, C), student=Affine(1.0, 2.0, 3)), {"student"})
-
-
 def test_real_draws_cover_the_whole_grid():
     roles = play(VP, "eps", Gaussian(M, C), student=Gaussian(M, C))
     x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
     _, _, ends = only(4).pair(roles, Batch(noise=x, x0=x, cond={}), Draw(0, 0, range(400)), 4)
     assert (ends * 999).round().unique().tolist() == [0, 249, 499, 749]
-
-
-def test_the_last_stage_is_dmd2_of_one_step():
-    strategy = TSCD(segments=(2, 1), mix=(0.0, 0.1), stage_steps=5, steps=1, guidance=(2.0, 4.0), score=True, student_every=3)
-    cond, null = ({"mean": torch.full((N, 1), m, dtype=F64)} for m in (1.0, -0.5))
-    roles = play(VP, "eps", Gaussian(None, C), student=Affine(-0.2, 0.9, 4), fake=Gaussian(-0.2, 0.9))
-    told = {"cond": cond, "null": null}
-    for step in (12, 13):  # the student's turn, and not
-        got, want = (
-            [(who, loss.item(), logs.keys()) for who, loss, logs in one.losses(roles, batch(**told), Draw(0, step, range(N)))]
-            for one in (strategy, DMD2(steps=1, guidance=3.0, student_every=3))
-        )
-        assert got == want and len(got) == 2 - step % 3
-
-
-def test_stages():
-    strategy = TSCD(segments=(4, 2, 1), mix=(0.0, 0.1, 0.2), stage_steps=10, ema=0.9)
-    assert strategy.roles == ("student", "target") and strategy.stages == 3 and not list(TSCD().check())
-    assert [strategy.stage(step) for step in (0, 9, 10, 19, 20, 99)] == [0, 0, 1, 1, 2, 2]
-    assert [strategy.players(stage).get("critic") for stage in range(3)] == [None, ("head",), ("head",)]
-    strategy.score, strategy.ema = True, None
-    assert strategy.roles == ("student", "fake") and strategy.stages == 4
-    assert [strategy.stage(step) for step in (29, 30, 99)] == [2, 3, 3]
-    assert strategy.players(3) == {"student": ("student",), "critic": ("fake",)}
-    assert not only(1).modules() and only(1).roles == ("student",)
-    strategy.setup(play(VP, "eps", Gaussian(M, C)))
-    assert list(strategy.modules()) == ["head"]
-
-
-def test_inference():
-    """One segment: any number of steps, with eta. More, or scores distilled: their own steps, deterministic, and no others."""
-    how = TSCD(steps=4).inference(VP)
-    assert [round(hop.time * 999) for hop in how.hops] == [999, 749, 499, 249] and how.eta == 0
-    assert len(TSCD().inference(VP, 3).hops) == 3 and TSCD(eta=0.3).inference(VP).eta == 0.3
-    own = TSCD(segments=(8, 4), mix=(0.0, 0.0), steps=4)
-    for schedule in (VP, FLOW, SHIFTED):
-        how = own.inference(schedule)
-        upper = [schedule.grid(own.grid)[k] for k in (48, 36, 24, 12)]  # where the segments begin
-        assert [hop.time for hop in how.hops] == pytest.approx(upper, rel=1e-12) and how.eta is None and not how.renoise
-        for steps in (1, 2, 3, 8):
-            with pytest.raises(ValueError, match=f"made for 4 steps cannot take {steps}"):
-                own.inference(schedule, steps)
-    one = TSCD(score=True, steps=1)
-    assert one.inference(VP).hops == trailing(VP.grid(1)) and one.inference(VP).eta is None
-    with pytest.raises(ValueError, match="made for 1 steps"):
-        one.inference(VP, 2)
 
 
 @pytest.mark.parametrize("segments", [1, 4])
@@ -339,26 +280,3 @@ def test_tcd_scheduler_on_the_exact_student_ends_on_the_trajectory(segments):
         t = torch.full([3], k.item() / 999, dtype=F64)
         x = stock.step(roles.student.family.forward(roles.student.net, x, t, {}), k, x, eta=0.0, return_dict=False)[0]
     assert torch.allclose(x, exact, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("fields", "told"),
-    [
-        ({"segments": ()}, "segments: [] says nothing"),
-        ({"segments": (8, 3)}, "segments: 3 after 8; each number must divide"),
-        ({"segments": (2, 4)}, "segments: 4 after 2"),
-        ({"segments": (2, 2)}, "segments: 2 after 2"),
-        ({"grid": 50}, "grid: 50 does not fall into 8 segments"),
-        ({"mix": (0.1,)}, "mix: 1 shares for 4 stages"),
-        ({"guidance": (6.0, 2.0)}, "guidance: [6.0, 2.0] is no range"),
-        ({"segments": (8, 4), "steps": 2}, "steps: 2, but segments and score make a student for 4"),
-        ({"segments": (8, 4), "score": True}, "score: scores are distilled into one step"),
-        ({"score": True}, "steps: 4, but segments and score make a student for 1"),
-        ({"segments": (8, 4), "eta": 0.3}, "eta: 0.3 is new noise, but a student made for 4 steps"),
-        ({"score": True, "steps": 1, "eta": 1.0}, "eta: 1 is new noise, but a student made for 1 steps"),
-    ],
-)
-def test_fields_are_checked_together(fields, told):
-    shares = (0.0,) * len(fields.get("segments", TSCD().segments))
-    problems = list(TSCD(**{"mix": shares, **fields}).check())
-    assert any(problem.startswith(told) for problem in problems), problems
