@@ -21,8 +21,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "lcm": LCM,
     "phased_dmd": PhasedDMD,
     "rcm": RCM,
+    "reflow": Reflow,
     "scm": SCM,
     "tscd": TSCD,
-    "reflow": Reflow,
     "vsd": VSD,
 }
