@@ -29,6 +29,7 @@ DOORS = {  # third-party package: the rooms that may import it
     "transformers": {"families", "evaluate", *MAKERS},
     "tensorboard": {"show"},
     "wandb": {"show"},
+    "stepdistill_kernels": {"attention"},
     "triton": set(),  # kernels/ only
     "open_clip": {"evaluate"},
     "lpips": {"perceptual"},
