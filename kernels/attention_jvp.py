@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -142,9 +143,34 @@ def _operator(
     if attn_mask is not None:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
     given = (q, k, v, tq, tk, tv, attn_mask, key_lens, scale, causal)
-    o, to, lse, mu = reference.attention_jvp(*given)
-    width = v.shape[-1]
-    return like_queries(q, width, out_dtype).copy_(o), like_queries(q, width, out_dtype).copy_(to), lse, mu
+    o, to = (like_queries(q, v.shape[-1], out_dtype) for _ in range(2))
+    if fused(q, k, v, scale, backend):
+        from . import launch
+
+        return o, to, *launch.forward(*given, o, to)
+    exact_o, exact_to, lse, mu = reference.attention_jvp(*given)
+    return o.copy_(exact_o), to.copy_(exact_to), lse, mu
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> bool:
+    """Whether the fused kernel computes this.
+
+    Raises:
+        ValueError: backend is "triton", and it cannot.
+    """
+    if backend == "reference" or (backend == "auto" and q.device.type == "cpu"):
+        return False
+    try:
+        from . import launch
+
+        why = launch.unable(q, k, v, scale)
+    except ImportError:
+        why = "Triton is not installed: pip install triton"
+    if why and backend == "triton":
+        raise ValueError(f"attention_jvp: the fused kernel cannot compute this: {why}")
+    if why:
+        warnings.warn(f"attention_jvp in plain PyTorch, which is slower than the fused kernel: {why}", stacklevel=2)
+    return not why
 
 
 @_operator.register_fake
