@@ -32,7 +32,7 @@ def attention_jvp(
     return_stats: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """o = softmax(scale q k^T + mask) v, and its derivative `to` along (tq, tk, tv); an absent tangent is zero, and costs nothing.
+    """o = softmax(scale q k^T + mask) v, and its derivative `to` along tangents; absent ones are zero, and cost nothing.
 
     o has a gradient with respect to q, k and v (that of PyTorch's own attention); `to` has none.
 
@@ -99,7 +99,7 @@ def _check(q, k, v, tq, tk, tv, attn_mask, key_lens, enable_gqa, backend) -> Non
     heads, kv_heads = q.shape[1], k.shape[1]
     rule(
         heads == kv_heads or (enable_gqa and heads % kv_heads == 0),
-        f"{heads} heads of q and {kv_heads} of k: with enable_gqa the first is a multiple of the second, otherwise they are equal",
+        f"{heads} heads of q and {kv_heads} of k are not the same number, nor with enable_gqa a multiple",
     )
     logits = (q.shape[0], heads, q.shape[2], k.shape[2])
     if attn_mask is not None:
@@ -113,7 +113,7 @@ def _check(q, k, v, tq, tk, tv, attn_mask, key_lens, enable_gqa, backend) -> Non
     if key_lens is not None:
         rule(
             key_lens.shape == q.shape[:1] and not key_lens.is_floating_point() and key_lens.device == q.device,
-            f"key_lens is [B] = [{q.shape[0]}] integers on {q.device}, not {shape(key_lens)} {key_lens.dtype} on {key_lens.device}",
+            f"key_lens is [{q.shape[0]}] integers on {q.device}, not {shape(key_lens)} {key_lens.dtype} on {key_lens.device}",
         )
 
 

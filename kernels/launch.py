@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_kernel
-from .tiles import Tile, tiles, widths
+from .tiles import ROOMY, Tile, tiles, widths
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
@@ -55,7 +56,7 @@ def forward(
     """Fills o and to [B, H, Nq, D]; lse and mu [B, H, Nq] (float32). `unable` must have nothing against it.
 
     Args:
-        attn_mask: None or [B or 1, H or 1, Nq or 1, Nk or 1].
+        attn_mask: [B or 1, H or 1, Nq or 1, Nk or 1].
         tile: another than the table's.
         shift: False leaves out the row shift, to show what it is good for.
     """
@@ -63,9 +64,13 @@ def forward(
     q, k, v, tq, tk, tv = (None if x is None else _dense_rows(x) for x in (q, k, v, tq, tk, tv))
     tensors = {"Q": q, "K": k, "V": v, "TQ": tq, "TK": tk, "TV": tv}
     if attn_mask is not None:
-        if attn_mask.stride(3) != 1 and attn_mask.shape[3] > 1 or attn_mask.shape[3] < keys:
-            attn_mask = attn_mask.expand(*attn_mask.shape[:3], keys).contiguous()
+        if attn_mask.shape[2] == 1 and attn_mask.dtype == torch.bool:  # small; added, it takes fewer registers
+            attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill_(~attn_mask, -torch.inf)
+        if attn_mask.shape[3] < keys or attn_mask.stride(3) != 1:
+            attn_mask = attn_mask.expand(-1, -1, -1, keys).contiguous()
         attn_mask = attn_mask.expand(batch, heads, -1, -1)
+    if key_lens is not None:
+        key_lens = key_lens.contiguous()
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     mu = torch.empty_like(lse)
     d0, d1 = widths(d)
@@ -78,7 +83,7 @@ def forward(
     masked = 0 if attn_mask is None else 1 if attn_mask.shape[2] == 1 else 2
     strides = {
         f"{name.lower()}_{of}": 0 if x is None else x.stride(i)
-        for name, x in (tensors | {"O": o}).items()
+        for name, x in (tensors | {"OUT": o}).items()
         for i, of in enumerate("bhn")
     }
     for i, of in enumerate("bhqk"):
@@ -86,15 +91,27 @@ def forward(
     flags = {"HAS_TQ": tq is not None, "HAS_TK": tk is not None, "HAS_TV": tv is not None, "MASKED": masked}
     flags |= {"HAS_LENS": key_lens is not None, "CAUSAL": causal, "SHIFT": shift, "TMA": tma, "UPCAST": INTERPRETED}
 
-    for rows_at_once, keys_at_once, stages, warps in [tile] if tile else tiles(d, q.dtype, flags):
-        blocks = {name: rows_at_once if name in ("Q", "TQ") else keys_at_once for name in tensors}
-        triton_kernel.attention_jvp[triton.cdiv(rows, rows_at_once), heads, batch](
-            **{name: _descriptor(x, [1, 1, blocks[name], d0]) if tma and x is not None else x for name, x in tensors.items()},
-            MASK=attn_mask, LENS=key_lens, O=o, TO=to, LSE=lse, MU=mu, scale=scale, group=heads // k.shape[1],
-            rows=rows, keys=keys, **strides, D=d, D0=d0, D1=d1, ROWS=rows_at_once, KEYS=keys_at_once,
-            RAGGED=keys % keys_at_once != 0, **flags, num_stages=stages, num_warps=warps,
-        )  # fmt: skip
-    return lse, mu
+    choice = [tile] if tile else tiles(d, q.itemsize, masked == 2, q.dtype == torch.float16, _shared_memory(q.device))
+    for rows_at_once, keys_at_once, stages, warps in choice:
+        height = {name: rows_at_once if name in ("Q", "TQ") else keys_at_once for name in tensors}
+        read = {name: _descriptor(x, [1, 1, height[name], d0]) if tma and x is not None else x for name, x in tensors.items()}
+        try:
+            with torch.cuda.device_of(q):
+                triton_kernel.attention_jvp[triton.cdiv(rows, rows_at_once), heads, batch](
+                    **read, MASK=attn_mask, LENS=key_lens, OUT=o, T_OUT=to, LSE=lse, MU=mu,
+                    scale=scale, group=heads // k.shape[1], rows=rows, keys=keys, **strides,
+                    D=d, D0=d0, D1=d1, ROWS=rows_at_once, KEYS=keys_at_once, RAGGED=keys % keys_at_once != 0, **flags,
+                    num_stages=stages, num_warps=warps,
+                )  # fmt: skip
+        except OutOfResources:
+            continue
+        return lse, mu
+    raise RuntimeError(f"attention_jvp: no tile of the fused kernel fits into {torch.cuda.get_device_name(q.device)}")
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block can have."""
+    return ROOMY if INTERPRETED else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -1,16 +1,14 @@
 """Compiles variants of the kernel for a GPU that is not there, and reads off what the assembler says of them.
 
-python -m stepdistill_kernels.offline        # the variants that matter, as JSON lines
+python -m stepdistill_kernels.offline        # the variants that matter, as a table
 """
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -21,37 +19,60 @@ from . import triton_kernel
 from .tiles import Tile, tiles, widths
 
 TOKENS = ("K", "V", "TK", "TV")
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB for one block, by compute capability
+SHARED_MEMORY = {89: 99, 90: 227}  # KiB that a block can have, by compute capability
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is asked of the kernel. tangents: of q, k and v, as in 111; mask: by key or by query, boolean or added."""
+    """What is asked of the kernel. tangents: of q, k and v, as in 111; mask: added by key or by query."""
 
     d: int
     dtype: str = "bf16"  # as Triton writes it
     tangents: str = "111"
-    mask: str = ""  # "", "key", "query", "boolean key", "boolean query"
+    mask: str = ""  # "", "key", "query", "boolean, query"
     causal: bool = False
     lens: bool = False
-    ragged: bool = False
+    ragged: bool = True
     tma: bool = True
+
+    def tile(self, capability: int) -> Tile:
+        """The first that launch.forward would try."""
+        itemsize = 4 if self.dtype == "fp32" else 2
+        by_query, shared = self.flags()["MASKED"] == 2, SHARED_MEMORY[capability] * 1024
+        return tiles(self.d, itemsize, by_query, self.dtype == "fp16", shared)[0]
 
     def flags(self) -> dict:
         """As launch.forward hands them to the kernel."""
         given = dict(zip(("HAS_TQ", "HAS_TK", "HAS_TV"), (bit == "1" for bit in self.tangents), strict=True))
-        masked = 0 if not self.mask else 1 if self.mask.endswith("key") else 2
+        masked = 0 if not self.mask else 1 if self.mask == "key" else 2
         return given | {
             "MASKED": masked, "HAS_LENS": self.lens, "CAUSAL": self.causal,
             "SHIFT": True, "TMA": self.tma and not self.lens and not widths(self.d)[1], "UPCAST": False,
         }  # fmt: skip
 
 
+def variants() -> list[tuple[Variant, int]]:
+    """Those that matter, and the compute capabilities that they are compiled for."""
+    found: list[Variant] = []
+    for d in (64, 128):
+        found += [Variant(d, tangents=given) for given in ("111", "100", "110", "011", "001")]
+        for given in ("111", "100"):
+            found += [
+                Variant(d, tangents=given, ragged=False), Variant(d, tangents=given, causal=True),
+                Variant(d, tangents=given, lens=True), Variant(d, tangents=given, tma=False),
+                *(Variant(d, tangents=given, mask=mask) for mask in ("key", "query", "boolean, query")),
+            ]  # fmt: skip
+        found.append(Variant(d, dtype="fp16"))
+    wide = [Variant(d) for d in (40, 72, 80, 96, 112, 256)]
+    return [(x, 90) for x in found + wide] + [(Variant(d, tma=False), 89) for d in (64, 80, 128)]
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a variant in a tile; spills in bytes (stores and loads), shared memory in KiB."""
+    """What became of a variant; spilled bytes (stores and loads), shared memory in KiB, Hopper's matrix instructions."""
 
     variant: Variant
+    capability: int
     tile: Tile
     registers: int
     spilled: int
@@ -59,12 +80,13 @@ class Compiled:
     wgmma: int
 
 
-def compile_for(variant: Variant, tile: Tile, capability: int = 90) -> Compiled:
-    """Compiles for a compute capability, such as 90 for sm_90a.
+def compiled(variant: Variant, capability: int = 90, tile: Tile | None = None) -> Compiled:
+    """Compiles for a compute capability, such as 90 for sm_90a, in the table's tile or another.
 
     Raises:
         RuntimeError: the assembler refuses it.
     """
+    tile = tile or variant.tile(capability)
     kernel = triton_kernel.attention_jvp
     flags = variant.flags()
     d0, d1 = widths(variant.d)
@@ -91,14 +113,14 @@ def compile_for(variant: Variant, tile: Tile, capability: int = 90) -> Compiled:
             "LSE": "*fp32",
             "MU": "*fp32",
             "scale": "fp32",
-            "O": f"*{variant.dtype}",
-            "TO": f"*{variant.dtype}",
+            "OUT": f"*{variant.dtype}",
+            "T_OUT": f"*{variant.dtype}",
         }
         known["MASK"] = "*i1" if variant.mask.startswith("boolean") else f"*{variant.dtype}"
         return known.get(name, "i32")
 
     signature = {name: kind(name) for name in kernel.arg_names}
-    even = re.compile(r"(t?[qkv]|o|mask)_[bhnq]")  # steps of whole heads: multiples of 16
+    even = re.compile(r"(t?[qkv]|out|mask)_[bhnq]")  # steps of whole heads: multiples of 16
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, of) in enumerate(signature.items())
@@ -112,6 +134,7 @@ def compile_for(variant: Variant, tile: Tile, capability: int = 90) -> Compiled:
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
     return Compiled(
         variant,
+        capability,
         tile,
         int(re.search(r"Used (\d+) registers", told)[1]),
         sum(map(int, spilled.groups())),
@@ -130,3 +153,32 @@ def _assemble(ptx: str, target: str) -> str:
     if done.returncode:
         raise RuntimeError(f"ptxas: {done.stderr.strip()}")
     return done.stderr
+
+
+def table(made: list[Compiled]) -> str:
+    """A page's rows, with what made them."""
+    lines = [
+        f"`python -m stepdistill_kernels.offline`, Triton {triton.__version__}:",
+        "",
+        "| D | type | tangents of q, k, v | besides | read by | chip | tile | warps | registers | spilled | shared memory | wgmma |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for x in made:
+        v, t = x.variant, x.tile
+        asked = [
+            f"mask ({v.mask})" if v.mask else "",
+            "causal" * v.causal,
+            "key lengths" * v.lens,
+            "even lengths" * (not v.ragged),
+        ]
+        cells = [
+            v.d, v.dtype, v.tangents, ", ".join(filter(None, asked)), "descriptors" if v.flags()["TMA"] else "pointers",
+            f"sm_{x.capability}", f"{t.rows} x {t.keys} x {t.stages}", t.warps, x.registers, f"{x.spilled} B",
+            f"{x.shared:.0f} KiB", x.wgmma,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table([compiled(variant, capability) for variant, capability in variants()]))

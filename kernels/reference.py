@@ -5,7 +5,7 @@ With S = scale Q K^T, tS = scale (tQ K^T + Q tK^T), P = softmax(S), H = P tS ele
     O = P V,    tO = P tV + H V - mu O.
 
 Keys pass by in chunks, as in online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867). Two accumulators as wide as V
-suffice, for V's weights and for the tangent's, besides each row's largest logit m, sum l of p = exp(S - m) and sum r of h = p tS.
+suffice, besides each row's largest logit m, the sum of p = exp(S - m), and that of p tS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How large a piece of attention one program computes, by what is asked of it."""
+"""How large a piece of attention one program computes, by what is asked of it and by the GPU's shared memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """rows queries at a time against keys keys, `stages` of which are in flight, by `warps` of 32 threads."""
+    """`rows` queries at a time against `keys` keys, `stages` tiles of which are in flight, by `warps` of 32 threads."""
 
     rows: int
     keys: int
@@ -14,8 +14,30 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tiles(d, dtype, flags):
-    return [Tile(32, 32, 2, 4)]
+ROOMY = 200 * 1024  # bytes of shared memory a block, from which the first table holds: Hopper and its successors have 227 KiB
+
+# Widest head: tile, per table. Chosen so that the assembler spills nothing (docs/jvp.md), not by time: no GPU was at hand.
+TILES: dict[str, dict[int, Tile]] = {
+    "roomy": {96: Tile(128, 64, 2, 8), 128: Tile(128, 64, 2, 8), 160: Tile(128, 32, 2, 8), 256: Tile(64, 32, 2, 8)},
+    "roomy, heavy": {64: Tile(128, 64, 2, 8), 128: Tile(128, 32, 2, 8), 256: Tile(64, 16, 2, 8)},
+    "small": {96: Tile(128, 32, 2, 8), 128: Tile(64, 32, 2, 8), 160: Tile(64, 16, 2, 4), 256: Tile(32, 16, 2, 4)},
+    "float32": {256: Tile(16, 16, 1, 4)},
+}
+LAST = Tile(16, 16, 1, 4)
+
+
+def tiles(d: int, itemsize: int, masked_by_query: bool, float16: bool, shared_memory: int) -> tuple[Tile, ...]:
+    """Tiles to try, the best first; a later one where an earlier one asks too much of the GPU.
+
+    Args:
+        d: numbers in a head; itemsize: bytes of each.
+        masked_by_query: a mask's tile is in registers too. float16: so is its gain.
+        shared_memory: bytes a block can have.
+    """
+    wide = sum(widths(d))
+    heavy = masked_by_query or (float16 and wide > 96)
+    table = "float32" if itemsize > 2 else "small" if shared_memory < ROOMY else "roomy, heavy" if heavy else "roomy"
+    return *(tile for widest, tile in TILES[table].items() if widest >= wide), LAST
 
 
 def widths(d: int) -> tuple[int, int]:

@@ -18,9 +18,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["group", "rows", "keys"])
 def attention_jvp(
-    Q, K, V, TQ, TK, TV, MASK, LENS, O, TO, LSE, MU, scale, group, rows, keys,
+    Q, K, V, TQ, TK, TV, MASK, LENS, OUT, T_OUT, LSE, MU, scale, group, rows, keys,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, tq_b, tq_h, tq_n, tk_b, tk_h, tk_n, tv_b, tv_h, tv_n,
-    mask_b, mask_h, mask_q, mask_k, o_b, o_h, o_n,
+    mask_b, mask_h, mask_q, mask_k, out_b, out_h, out_n,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr, MASKED: tl.constexpr, HAS_LENS: tl.constexpr,
     CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SHIFT: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
@@ -28,9 +28,9 @@ def attention_jvp(
     """One tile of ROWS queries of one head. The grid is [tiles of queries, heads, batch].
 
     Tensors are pointers with strides by batch, head and token (that of D is 1), or with TMA (not with LENS: a descriptor reads
-    all tokens), descriptors of them; absent ones are None. D = D0 + D1, or a little less. MASKED: 0, no mask; 1, one for all queries; 2, one for each; boolean, or added to
-    the logits. RAGGED: keys are no multiple of KEYS.
-    UPCAST: multiply in float32, for the interpreter, which knows no bfloat16 products.
+    all tokens), descriptors of them; absent ones are None. D = D0 + D1, or a little less. MASKED: 0, no mask; 1, one for all
+    queries; 2, one for each; boolean, or added to the logits. RAGGED: keys are no multiple of KEYS. UPCAST: multiply in
+    float32, for the interpreter, which knows no bfloat16 products.
     """
     HAS_TS: tl.constexpr = HAS_TQ or HAS_TK
     first_row = tl.program_id(0) * ROWS
@@ -61,9 +61,9 @@ def attention_jvp(
                 shift = _at_mean_key(q1, TK, b, kv_head, counted, tk_b, tk_h, tk_n, D0, D, D1, KEYS, TMA, shift)
         shift = shift * scale
 
-    m = tl.full([ROWS], -float("inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    r = tl.zeros([ROWS], tl.float32)
+    largest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    slope = tl.zeros([ROWS], tl.float32)
     HALF: tl.constexpr = q0.dtype == tl.float16
     gain = tl.full([ROWS], 1.0, tl.float32) if HALF else 1.0
     o0 = tl.zeros([ROWS, D0], tl.float32)
@@ -97,23 +97,20 @@ def attention_jvp(
             else:
                 at = at + tl.cast(row, tl.int64)[:, None] * mask_q + key[None, :] * mask_k
                 mask = tl.load(at, mask=(row < rows)[:, None] & (key < counted)[None, :], other=0)
-            if ADDED:
-                s = s * scale + mask.to(tl.float32)
-            else:
-                s = tl.where(mask, s, -float("inf"))
+            s = s * scale + mask.to(tl.float32) if ADDED else tl.where(mask, s, -float("inf"))
         if EDGE:
             seen = (key < counted)[None, :]
             if CAUSAL:
                 seen = seen & (key[None, :] <= row[:, None])
             s = tl.where(seen, s, -float("inf"))
 
-        unit = 1.0 if ADDED else scale * LOG2E  # of s; m is in powers of 2, or with ADDED of e: -3e38 stays a number
-        top = tl.maximum(m, tl.max(s, 1) * unit)
+        unit = 1.0 if ADDED else scale * LOG2E  # of s; largest is in powers of 2, or with ADDED of e: -3e38 stays a number
+        top = tl.maximum(largest, tl.max(s, 1) * unit)
         level = tl.where(top == -float("inf"), 0.0, top) if MASKED > 0 else top  # a row without a key so far
         p = tl.exp2((s - level[:, None]) * LOG2E) if ADDED else tl.exp2(s * unit - level[:, None])
-        fade = tl.exp2((m - level) * LOG2E) if ADDED else tl.exp2(m - level)
-        m = top
-        l = l * fade + tl.sum(p, 1)
+        fade = tl.exp2((largest - level) * LOG2E) if ADDED else tl.exp2(largest - level)
+        largest = top
+        total = total * fade + tl.sum(p, 1)
 
         v0 = _tile(V, b, kv_head, first, counted, v_b, v_h, v_n, 0, D, D0, KEYS, EDGE, TMA)
         v1 = _tile(V, b, kv_head, first, counted, v_b, v_h, v_n, D0, D, D1, KEYS, EDGE, TMA)
@@ -126,7 +123,7 @@ def attention_jvp(
             if SHIFT:
                 ts = ts - shift[:, None]
             h = p * ts
-            r = r * fade + tl.sum(h, 1)
+            slope = slope * fade + tl.sum(h, 1)
             if HALF:
                 needed = tl.exp2(15.0 - tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(h), 1), 1.0))))
                 lower = tl.minimum(gain, needed)
@@ -148,19 +145,19 @@ def attention_jvp(
                 tv1 = _tile(TV, b, kv_head, first, counted, tv_b, tv_h, tv_n, D0, D, D1, KEYS, EDGE, TMA)
                 t1 = _weighted(p, tv1, t1, UPCAST)
 
-    share = tl.where(l > 0, 1 / l, 0.0)
+    share = tl.where(total > 0, 1 / total, 0.0)
     t_share = share / gain
-    mu = r * share
+    mu = slope * share
     o0 = o0 * share[:, None]
-    _store(O, o0, b, head, row, rows, o_b, o_h, o_n, 0, D)
-    _store(TO, t0 * t_share[:, None] - mu[:, None] * o0, b, head, row, rows, o_b, o_h, o_n, 0, D)
+    _store(OUT, o0, b, head, row, rows, out_b, out_h, out_n, 0, D)
+    _store(T_OUT, t0 * t_share[:, None] - mu[:, None] * o0, b, head, row, rows, out_b, out_h, out_n, 0, D)
     if D1 > 0:
         o1 = o1 * share[:, None]
-        _store(O, o1, b, head, row, rows, o_b, o_h, o_n, D0, D)
-        _store(TO, t1 * t_share[:, None] - mu[:, None] * o1, b, head, row, rows, o_b, o_h, o_n, D0, D)
+        _store(OUT, o1, b, head, row, rows, out_b, out_h, out_n, D0, D)
+        _store(T_OUT, t1 * t_share[:, None] - mu[:, None] * o1, b, head, row, rows, out_b, out_h, out_n, D0, D)
     at = (tl.cast(b, tl.int64) * tl.num_programs(1) + head) * rows + row
-    tl.store(LSE + at, m + tl.log(l) if ADDED else (m + tl.log2(l)) / LOG2E, mask=row < rows)
-    tl.store(MU + at, tl.where(l > 0, mu + shift, 0.0), mask=row < rows)
+    tl.store(LSE + at, largest + tl.log(total) if ADDED else (largest + tl.log2(total)) / LOG2E, mask=row < rows)
+    tl.store(MU + at, tl.where(total > 0, mu + shift, 0.0), mask=row < rows)
 
 
 @triton.jit
@@ -168,7 +165,7 @@ def _tile(
     X, b, head, first, limit, by_batch, by_head, by_token, COLUMN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, BOUNDED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """[TOKENS, WIDTH] of one head from token `first` and column COLUMN; zeros from token `limit` on (if BOUNDED) and beyond D."""
+    """[TOKENS, WIDTH] of one head from token `first` and column COLUMN; zeros beyond D, and if BOUNDED from token `limit`."""
     if WIDTH == 0:
         return 0.0
     elif TMA:
