@@ -116,7 +116,7 @@ def compiled(variant: Variant, capability: int = 90, tile: Tile | None = None) -
             "OUT": f"*{variant.dtype}",
             "T_OUT": f"*{variant.dtype}",
         }
-        known["MASK"] = "*i1" if variant.mask.startswith("boolean") else f"*{variant.dtype}"
+        known["MASK"] = {"key": "*fp32", "boolean, query": "*i1"}.get(variant.mask, f"*{variant.dtype}")
         return known.get(name, "i32")
 
     signature = {name: kind(name) for name in kernel.arg_names}
@@ -160,7 +160,7 @@ def table(made: list[Compiled]) -> str:
     lines = [
         f"`python -m stepdistill_kernels.offline`, Triton {triton.__version__}:",
         "",
-        "| D | type | tangents of q, k, v | besides | read by | chip | tile | warps | registers | spilled | shared memory | wgmma |",
+        "| D | type | tangents | besides | read by | chip | tile | warps | registers | spilled | shared memory | wgmma |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for x in made:

@@ -1,5 +1,9 @@
 """Makes the helpers beside this file importable from every test below it, and what several test files start from."""
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run in its interpreter
+
 import importlib.machinery
 import json
 import shutil
