@@ -51,14 +51,14 @@ def forward(
     o: Tensor,
     to: Tensor,
     tile: Tile | None = None,
-    shift: bool = True,
+    centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Fills o and to [B, H, Nq, D]; lse and mu [B, H, Nq] (float32). `unable` must have nothing against it.
 
     Args:
         attn_mask: [B or 1, H or 1, Nq or 1, Nk or 1].
         tile: another than the table's.
-        shift: False leaves out the row shift, to show what it is good for.
+        centred: False leaves out what keeps low precision precise, to show what it is good for.
     """
     (batch, heads, rows, d), keys = q.shape, k.shape[2]
     q, k, v, tq, tk, tv = (None if x is None else _dense_rows(x) for x in (q, k, v, tq, tk, tv))
@@ -89,9 +89,9 @@ def forward(
     for i, of in enumerate("bhqk"):
         strides[f"mask_{of}"] = 0 if attn_mask is None else attn_mask.stride(i)
     flags = {"HAS_TQ": tq is not None, "HAS_TK": tk is not None, "HAS_TV": tv is not None, "MASKED": masked}
-    flags |= {"HAS_LENS": key_lens is not None, "CAUSAL": causal, "SHIFT": shift, "TMA": tma, "UPCAST": INTERPRETED}
+    flags |= {"HAS_LENS": key_lens is not None, "CAUSAL": causal, "CENTRED": centred, "TMA": tma, "UPCAST": INTERPRETED}
 
-    choice = [tile] if tile else tiles(d, q.itemsize, masked == 2, q.dtype == torch.float16, _shared_memory(q.device))
+    choice = [tile] if tile else tiles(d, q.dtype, flags, _shared_memory(q.device))
     for rows_at_once, keys_at_once, stages, warps in choice:
         height = {name: rows_at_once if name in ("Q", "TQ") else keys_at_once for name in tensors}
         read = {name: _descriptor(x, [1, 1, height[name], d0]) if tma and x is not None else x for name, x in tensors.items()}

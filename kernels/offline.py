@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,6 +19,7 @@ from triton.compiler import ASTSource
 from . import triton_kernel
 from .tiles import Tile, tiles, widths
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = ("K", "V", "TK", "TV")
 SHARED_MEMORY = {89: 99, 90: 227}  # KiB that a block can have, by compute capability
 
@@ -37,9 +39,7 @@ class Variant:
 
     def tile(self, capability: int) -> Tile:
         """The first that launch.forward would try."""
-        itemsize = 4 if self.dtype == "fp32" else 2
-        by_query, shared = self.flags()["MASKED"] == 2, SHARED_MEMORY[capability] * 1024
-        return tiles(self.d, itemsize, by_query, self.dtype == "fp16", shared)[0]
+        return tiles(self.d, DTYPES[self.dtype], self.flags(), SHARED_MEMORY[capability] * 1024)[0]
 
     def flags(self) -> dict:
         """As launch.forward hands them to the kernel."""
@@ -47,7 +47,7 @@ class Variant:
         masked = 0 if not self.mask else 1 if self.mask == "key" else 2
         return given | {
             "MASKED": masked, "HAS_LENS": self.lens, "CAUSAL": self.causal,
-            "SHIFT": True, "TMA": self.tma and not self.lens and not widths(self.d)[1], "UPCAST": False,
+            "CENTRED": True, "TMA": self.tma and not self.lens and not widths(self.d)[1], "UPCAST": False,
         }  # fmt: skip
 
 

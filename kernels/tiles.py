@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Tile(NamedTuple):
     """`rows` queries at a time against `keys` keys, `stages` tiles of which are in flight, by `warps` of 32 threads."""
@@ -26,17 +28,17 @@ TILES: dict[str, dict[int, Tile]] = {
 LAST = Tile(16, 16, 1, 4)
 
 
-def tiles(d: int, itemsize: int, masked_by_query: bool, float16: bool, shared_memory: int) -> tuple[Tile, ...]:
+def tiles(d: int, dtype: torch.dtype, flags: dict, shared_memory: int) -> tuple[Tile, ...]:
     """Tiles to try, the best first; a later one where an earlier one asks too much of the GPU.
 
     Args:
-        d: numbers in a head; itemsize: bytes of each.
-        masked_by_query: a mask's tile is in registers too. float16: so is its gain.
-        shared_memory: bytes a block can have.
+        d: numbers in a head.
+        flags: of the kernel. A mask's tile, addresses and float16's gain are in registers too, where wide heads leave few.
+        shared_memory: bytes that a block can have.
     """
     wide = sum(widths(d))
-    heavy = masked_by_query or (float16 and wide > 96)
-    table = "float32" if itemsize > 2 else "small" if shared_memory < ROOMY else "roomy, heavy" if heavy else "roomy"
+    heavy = flags["MASKED"] == 2 or (wide > 96 and (dtype == torch.float16 or not flags["TMA"]))
+    table = "float32" if dtype == torch.float32 else "small" if shared_memory < ROOMY else "roomy, heavy" if heavy else "roomy"
     return *(tile for widest, tile in TILES[table].items() if widest >= wide), LAST
 
 

@@ -1,13 +1,14 @@
 """The fused kernel: attention and its Jacobian-vector product in one pass over the keys (the mathematics: reference.py).
 
-Against attention alone the pass carries one more accumulator as wide as V, and one more sum a row. A head dimension that is no
-power of two is cut in two parts that are (72 = 64 + 8), so that little of a product is spent on zeros.
+Against attention alone the pass carries one more accumulator as wide as V, and one more number a row. A head dimension that is
+no power of two is cut in two parts that are (72 as 64 + 16), so that little of a product is spent on zeros.
 
-Two numbers a row change nothing in exact arithmetic, and keep low precision precise:
-- shift: any constant may be taken from tS, since mu takes it back. Here it is tS at the mean of the first keys, which removes
-  what keys and tangents have in common; H V and mu O would otherwise cancel only after H is rounded (bfloat16: 21 % of error in
-  tO where the common part is eight times as strong as the rest, 0.3 % with the shift).
-- gain (float16 only): a power of two that follows the largest |H|, as the softmax's maximum does, so that H does not overflow.
+Two things change nothing in exact arithmetic, and keep low precision precise:
+- Centring. tO is P tV and the covariance of tS and V under P, and H V - mu O the textbook's unstable way to a covariance: its
+  terms are rounded before they cancel, the worse the more all keys and tangents have in common, and the peakier P is. As in
+  Welford's algorithm (1962) here mu is the mean of tS over the keys so far, H is P (tS - mu), and what is summed moves with mu:
+  sum p (tS - mu') v = sum p (tS - mu) v - (mu' - mu) sum p v. Nothing is left to take off in the end.
+- Gain (float16 only): a power of two a row that follows the largest |H|, as the softmax's maximum does: H cannot overflow.
 """
 
 import triton
@@ -23,7 +24,7 @@ def attention_jvp(
     mask_b, mask_h, mask_q, mask_k, out_b, out_h, out_n,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr, MASKED: tl.constexpr, HAS_LENS: tl.constexpr,
-    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, SHIFT: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED: tl.constexpr, CENTRED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS queries of one head. The grid is [tiles of queries, heads, batch].
 
@@ -45,25 +46,15 @@ def attention_jvp(
 
     q0 = _tile(Q, b, head, first_row, rows, q_b, q_h, q_n, 0, D, D0, ROWS, True, TMA)
     q1 = _tile(Q, b, head, first_row, rows, q_b, q_h, q_n, D0, D, D1, ROWS, True, TMA)
-    tq0, tq1, shift = q0, q1, 0.0
+    tq0 = q0
+    tq1 = q1
     if HAS_TQ:
         tq0 = _tile(TQ, b, head, first_row, rows, tq_b, tq_h, tq_n, 0, D, D0, ROWS, True, TMA)
         tq1 = _tile(TQ, b, head, first_row, rows, tq_b, tq_h, tq_n, D0, D, D1, ROWS, True, TMA)
-    if HAS_TS and SHIFT:
-        shift = tl.zeros([ROWS], tl.float32)
-        if HAS_TQ:
-            shift = _at_mean_key(tq0, K, b, kv_head, counted, k_b, k_h, k_n, 0, D, D0, KEYS, TMA, shift)
-            if D1 > 0:
-                shift = _at_mean_key(tq1, K, b, kv_head, counted, k_b, k_h, k_n, D0, D, D1, KEYS, TMA, shift)
-        if HAS_TK:
-            shift = _at_mean_key(q0, TK, b, kv_head, counted, tk_b, tk_h, tk_n, 0, D, D0, KEYS, TMA, shift)
-            if D1 > 0:
-                shift = _at_mean_key(q1, TK, b, kv_head, counted, tk_b, tk_h, tk_n, D0, D, D1, KEYS, TMA, shift)
-        shift = shift * scale
 
     largest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    slope = tl.zeros([ROWS], tl.float32)
+    mu = tl.zeros([ROWS], tl.float32)
     HALF: tl.constexpr = q0.dtype == tl.float16
     gain = tl.full([ROWS], 1.0, tl.float32) if HALF else 1.0
     o0 = tl.zeros([ROWS, D0], tl.float32)
@@ -110,35 +101,46 @@ def attention_jvp(
         p = tl.exp2((s - level[:, None]) * LOG2E) if ADDED else tl.exp2(s * unit - level[:, None])
         fade = tl.exp2((largest - level) * LOG2E) if ADDED else tl.exp2(largest - level)
         largest = top
-        total = total * fade + tl.sum(p, 1)
+        kept = total * fade
+        total = kept + tl.sum(p, 1)
 
+        if HAS_TS:
+            before = mu
+            mu = mu * kept + tl.sum(p * ts, 1) * scale
+            mu = tl.where(total > 0, mu / total, 0.0) if MASKED > 0 else mu / total
+            h = p * (ts * scale - mu[:, None]) if CENTRED else p * (ts * scale)
+            moved = (mu - before) * gain if CENTRED else 0.0
+            fade_t = fade
+            if HALF:
+                needed = tl.exp2(15.0 - tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(h), 1), 1.0))))
+                lower = tl.minimum(gain, needed)
+                fade_t = fade * (lower / gain)
+                gain = lower
+                h = h * gain[:, None]
+            if CENTRED:
+                t0 = (t0 - moved[:, None] * o0) * fade_t[:, None]
+                if D1 > 0:
+                    t1 = (t1 - moved[:, None] * o1) * fade_t[:, None]
+            else:
+                t0 = t0 * fade_t[:, None]
+                if D1 > 0:
+                    t1 = t1 * fade_t[:, None]
+        elif HAS_TV:
+            t0 = t0 * fade[:, None]
+            if D1 > 0:
+                t1 = t1 * fade[:, None]
         v0 = _tile(V, b, kv_head, first, counted, v_b, v_h, v_n, 0, D, D0, KEYS, EDGE, TMA)
         v1 = _tile(V, b, kv_head, first, counted, v_b, v_h, v_n, D0, D, D1, KEYS, EDGE, TMA)
         o0 = _weighted(p, v0, o0 * fade[:, None], UPCAST)
         if D1 > 0:
             o1 = _weighted(p, v1, o1 * fade[:, None], UPCAST)
-
         if HAS_TS:
-            ts = ts * scale
-            if SHIFT:
-                ts = ts - shift[:, None]
-            h = p * ts
-            slope = slope * fade + tl.sum(h, 1)
-            if HALF:
-                needed = tl.exp2(15.0 - tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(h), 1), 1.0))))
-                lower = tl.minimum(gain, needed)
-                fade = fade * (lower / gain)
-                gain = lower
-                h = h * gain[:, None]
-                p = p * gain[:, None]
-            t0 = _weighted(h, v0, t0 * fade[:, None], UPCAST)
+            t0 = _weighted(h, v0, t0, UPCAST)
             if D1 > 0:
-                t1 = _weighted(h, v1, t1 * fade[:, None], UPCAST)
-        elif HAS_TV:
-            t0 = t0 * fade[:, None]
-            if D1 > 0:
-                t1 = t1 * fade[:, None]
+                t1 = _weighted(h, v1, t1, UPCAST)
         if HAS_TV:
+            if HALF and HAS_TS:
+                p = p * gain[:, None]
             tv0 = _tile(TV, b, kv_head, first, counted, tv_b, tv_h, tv_n, 0, D, D0, KEYS, EDGE, TMA)
             t0 = _weighted(p, tv0, t0, UPCAST)
             if D1 > 0:
@@ -147,17 +149,17 @@ def attention_jvp(
 
     share = tl.where(total > 0, 1 / total, 0.0)
     t_share = share / gain
-    mu = slope * share
+    back = tl.zeros([ROWS, 1], tl.float32) if CENTRED else mu[:, None]
     o0 = o0 * share[:, None]
     _store(OUT, o0, b, head, row, rows, out_b, out_h, out_n, 0, D)
-    _store(T_OUT, t0 * t_share[:, None] - mu[:, None] * o0, b, head, row, rows, out_b, out_h, out_n, 0, D)
+    _store(T_OUT, t0 * t_share[:, None] - back * o0, b, head, row, rows, out_b, out_h, out_n, 0, D)
     if D1 > 0:
         o1 = o1 * share[:, None]
         _store(OUT, o1, b, head, row, rows, out_b, out_h, out_n, D0, D)
-        _store(T_OUT, t1 * t_share[:, None] - mu[:, None] * o1, b, head, row, rows, out_b, out_h, out_n, D0, D)
+        _store(T_OUT, t1 * t_share[:, None] - back * o1, b, head, row, rows, out_b, out_h, out_n, D0, D)
     at = (tl.cast(b, tl.int64) * tl.num_programs(1) + head) * rows + row
     tl.store(LSE + at, largest + tl.log(total) if ADDED else (largest + tl.log2(total)) / LOG2E, mask=row < rows)
-    tl.store(MU + at, tl.where(total > 0, mu + shift, 0.0), mask=row < rows)
+    tl.store(MU + at, mu, mask=row < rows)
 
 
 @triton.jit
@@ -183,17 +185,6 @@ def _tile(
             return tl.load(at, mask=(column < D)[None, :], other=0.0)
         else:
             return tl.load(at)
-
-
-@triton.jit
-def _at_mean_key(
-    x, K, b, head, counted, by_batch, by_head, by_token, COLUMN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, TMA: tl.constexpr, total,
-):  # fmt: skip
-    """total + x . (the mean of the first KEYS keys that count)."""
-    k = _tile(K, b, head, 0, counted, by_batch, by_head, by_token, COLUMN, D, WIDTH, KEYS, True, TMA).to(tl.float32)
-    mean = tl.sum(k, 0) / tl.maximum(tl.minimum(counted, KEYS), 1)
-    return total + tl.sum(x.to(tl.float32) * mean[None, :], 1)
 
 
 @triton.jit

@@ -51,7 +51,10 @@ def problem(
         return normal(batch, heads, d, n, seed=seed, dtype=dtype).mT
 
     given = [laid(*size, seed=10 * seed + i) for i, size in enumerate(sizes)]
-    given += [laid(*size, seed=10 * seed + 3 + i) if bit == "1" else None for i, (size, bit) in enumerate(zip(sizes, tangents))]
+    given += [
+        laid(*size, seed=10 * seed + 3 + i) if bit == "1" else None
+        for i, (size, bit) in enumerate(zip(sizes, tangents, strict=True))
+    ]
     return Problem(tuple(given), how | ({"enable_gqa": True} if heads != kv_heads else {}))
 
 

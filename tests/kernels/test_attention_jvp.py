@@ -98,7 +98,7 @@ def test_a_part_without_keys_adds_nothing():
 
 def test_mu_is_the_derivative_of_the_softmaxs_sum():
     of = problem()
-    q, k, v, tq, tk, tv = of.tensors
+    q, k, v, tq, tk, _ = of.tensors
     ahead, behind = (attention_jvp(q + h * tq, k + h * tk, v, return_stats=True)[2] for h in (1e-5, -1e-5))
     assert error(solved(of, return_stats=True)[3], (ahead - behind) / 2e-5) < 1e-8
 
@@ -143,7 +143,7 @@ WRONG = {
     "dtypes": (lambda q, k, v: attention_jvp(q, k.float(), v), "k is torch.float32 on cpu, q torch.float64"),
     "tangent's dtype": (lambda q, k, v: attention_jvp(q, k, v, tv=v.float()), "tv is torch.float32"),
     "keys": (lambda q, k, v: attention_jvp(q, k[:, :, 1:], v), "do not fit"),
-    "tangent's shape": (lambda q, k, v: attention_jvp(q, k, v, tk=k[:1]), r"tk \[1, 4, 7, 8\] has not the shape \[2, 4, 7, 8\] of k"),
+    "tangent's shape": (lambda q, k, v: attention_jvp(q, k, v, tk=k[:1]), r"tk \[1, 4, 7, 8\] has not the shape"),
     "heads": (lambda q, k, v: attention_jvp(q, k[:, :2], v[:, :2]), "4 heads of q and 2 of k"),
     "groups": (lambda q, k, v: attention_jvp(q, k[:, :3], v[:, :3], enable_gqa=True), "4 heads of q and 3 of k"),
     "mask": (lambda q, k, v: attention_jvp(q, k, v, attn_mask=torch.zeros(5, 6)), r"attn_mask \[5, 6\] cannot"),
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused(what):
 
 def test_the_kernel_is_never_silently_replaced(monkeypatch):
     of = problem()
-    with pytest.raises(ValueError, match="not in torch.float64"):
+    with pytest.raises(ValueError, match=r"not in torch\.float64"):
         solved(of, backend="triton")
     of = problem(dtype=torch.float32)
     monkeypatch.setattr(launch, "INTERPRETED", False)
