@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from measure import Gpu, Host, Work, first_ms
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class Case:
     causal: bool = False
     lens: tuple[int, ...] = ()  # keys that count, by sample; (): all
     tokens_first: bool = False  # in memory [B, N, H, D], as diffusers has it
-    common: float = 0.0  # size of a direction that all of k and tq share
+    common: float = 0.0  # times a normal vector that is added to every row of k and tq
 
     @property
     def kv(self) -> int:
@@ -136,7 +135,7 @@ def draw(case: Case, device: torch.device) -> Inputs:
         for size, flag in zip([(x.shape[1], x.shape[2]) for x in (q, k, v)], case.tangents, strict=True)
     ]
     if case.common:
-        direction = F.normalize(torch.randn(case.dim, generator=random, device=device), dim=0)
+        direction = torch.randn(case.dim, generator=random, device=device)
         k, given[0] = (x + (case.common * direction).to(x.dtype) for x in (k, given[0]))
     return Inputs(q, k, v, *given, torch.tensor(case.lens, device=device) if case.lens else None)
 
@@ -179,8 +178,9 @@ def trial(on: Gpu | Host, work: Work, x: Inputs, want: Truth | None) -> dict[str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = {"first_ms": first_ms(on, work), "peak_mb": on.peak_mb(work)}
-    if want is None:
-        return made
-    stale = [torch.full_like(x.q, float("nan")) for _ in range(2)]
-    del stale  # the results are given this memory: what is left unwritten shows
-    return made | {f"error_{what}": want.error(result, what) for what, result in zip(("o", "to"), work(), strict=False)}
+        if want is None:
+            return made
+        stale = [torch.full_like(x.q, float("nan")) for _ in range(2)]
+        del stale  # the results are given this memory: what is left unwritten shows
+        found = zip(("o", "to"), work(), strict=False)
+        return made | {f"error_{what}": want.error(result, what) for what, result in found}

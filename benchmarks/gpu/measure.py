@@ -31,7 +31,7 @@ NVIDIA = "clocks.sm,clocks.mem,power.draw,temperature.gpu"  # MHz, MHz, W, degre
 class Gpu:
     """A CUDA device: times between its events, each after its cache was flushed."""
 
-    dry = False
+    dry, device = False, torch.device("cuda")
     least, most, seconds = 20, 100, 1.0  # repetitions of a work; as many between as these seconds allow
     matmul, copy = 8192, 2**31  # of the ceilings: side of the matrices, bytes copied
 
@@ -39,8 +39,8 @@ class Gpu:
         if not torch.cuda.is_available():
             sys.exit("no CUDA device here; --dry shows the path without one")
         os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="triton-"))  # first calls compile
-        self.device, self.name = torch.device("cuda"), torch.cuda.get_device_name()
-        self.trash = torch.empty(2**28, dtype=torch.int8, device="cuda")  # several times any L2 cache
+        self.name = torch.cuda.get_device_name()
+        self.trash = torch.empty(2**28, dtype=torch.int8, device=self.device)  # several times any L2 cache
         self.flush_ms = math.inf
         self.flush_ms = take_turns(self, {"flush": self.trash.zero_})["flush"]["ms"]
 
@@ -78,7 +78,7 @@ class Gpu:
         """Whether it still computes: some errors of a kernel end a process's use of the device."""
         try:
             self.sync()
-            return bool(torch.ones(1, device="cuda").isfinite().item())
+            return bool(torch.ones(1, device=self.device).item())
         except RuntimeError:
             return False
 
@@ -273,4 +273,4 @@ def _nvidia(query: str) -> list[str]:
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [word.strip() for word in told.splitlines()[0].split(",")]
+    return [word.strip() for word in told.partition("\n")[0].split(",") if word.strip()]
