@@ -6,8 +6,11 @@ python tests/mutations.py 3 17     # these
 
 from __future__ import annotations
 
-import importlib
 import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, as in conftest.py
+
+import importlib
 import shutil
 import sys
 import tempfile
@@ -21,6 +24,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa:
 from mutants import MUTATIONS
 
 REPO = Path(__file__).resolve().parent.parent
+FOLDERS = {"stepdistill": "stepdistill", "stepdistill_kernels": "kernels", "tests": "tests"}  # as imported: where it is
 
 
 def oracle(name: str) -> str:
@@ -29,14 +33,16 @@ def oracle(name: str) -> str:
 
 
 def survives(file: str, old: str, new: str, tests: str, root: Path) -> str:
-    """Why the tests did not notice, or nothing. They run in a fork, on a copy of the package below root."""
-    source = (REPO / "stepdistill" / file).read_text()
+    """Why the tests did not notice, or nothing. They run in a fork, on a copy of the packages below root."""
+    home = "stepdistill_kernels" if file.startswith("kernels/") else "stepdistill"
+    file = file.removeprefix("kernels/")
+    source = (REPO / FOLDERS[home] / file).read_text()
     if old not in source:
         return f"{file} no longer says {old!r}: bring the mutation up to date"
     skip = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.npz", "*.png")
-    for part in ("stepdistill", "tests"):
-        shutil.copytree(REPO / part, root / part, ignore=skip)
-    (root / "stepdistill" / file).write_text(source.replace(old, new))
+    for name, folder in FOLDERS.items():
+        shutil.copytree(REPO / folder, root / name, ignore=skip)
+    (root / home / file).write_text(source.replace(old, new))
     if (child := os.fork()) == 0:
         os.chdir(root)
         sys.path.insert(0, str(root))
@@ -45,7 +51,7 @@ def survives(file: str, old: str, new: str, tests: str, root: Path) -> str:
         os.dup2(out, 2)
         status = 9
         try:
-            assert importlib.import_module("stepdistill").__file__.startswith(str(root))
+            assert importlib.import_module(home).__file__.startswith(str(root))
             status = int(pytest.main(["-q", "-x", "--tb=no", "-p", "no:cacheprovider", tests]))
         finally:
             sys.stdout.flush()
