@@ -42,7 +42,7 @@ def attention_jvp(
 
     counted = keys  # keys that count; beyond them nothing is looked at
     if HAS_LENS:
-        counted = tl.minimum(tl.maximum(tl.load(LENS + b).to(tl.int32), 0), keys)
+        counted = tl.minimum(tl.load(LENS + b).to(tl.int32), keys)
 
     q0 = _tile(Q, b, head, first_row, rows, q_b, q_h, q_n, 0, D, D0, ROWS, True, TMA)
     q1 = _tile(Q, b, head, first_row, rows, q_b, q_h, q_n, D0, D, D1, ROWS, True, TMA)

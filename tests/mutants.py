@@ -332,7 +332,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     (KERNEL, 'tl.where(top == -float("inf"), 0.0, top) if MASKED > 0 else top', "top", "triton_kernel"),
     (KERNEL, "seen = seen & (key[None, :] <= row[:, None])", "pass", "triton_kernel"),
     (KERNEL, "tl.minimum(counted, first_row + ROWS) if CAUSAL", "tl.minimum(counted, first_row) if CAUSAL", "triton_kernel"),
-    (KERNEL, "tl.maximum(tl.load(LENS + b).to(tl.int32), 0)", "tl.load(LENS + b).to(tl.int32)", "triton_kernel"),
+    (KERNEL, "tl.minimum(tl.load(LENS + b).to(tl.int32), keys)", "tl.load(LENS + b).to(tl.int32)", "triton_kernel"),
     (KERNEL, "tl.where(total > 0, 1 / total, 0.0)", "1 / total", "triton_kernel"),
     (KERNEL, "s = s * scale + mask.to(tl.float32) if ADDED", "s = s + mask.to(tl.float32) if ADDED", "triton_kernel"),
     (KERNEL, "unit = 1.0 if ADDED else scale * LOG2E", "unit = scale * LOG2E", "triton_kernel"),

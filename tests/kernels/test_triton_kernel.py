@@ -11,7 +11,7 @@ from stepdistill_kernels.tiles import LAST, TILES, Tile, tiles, widths
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")  # numpy's, where a row sees no key
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-SMALL = Tile(16, 16, 1, 1)
+SMALL = Tile(32, 16, 1, 1)
 
 
 def solved(of: Problem, tile: Tile | None = None, out_dtype: torch.dtype | None = None, centred: bool = True):
@@ -36,7 +36,7 @@ def check(of: Problem, tile: Tile | None = SMALL, tolerance: float | None = None
 @pytest.mark.parametrize("tangents", TANGENTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_subset_of_tangents(tangents, dtype):
-    check(problem(1, 2, 2, rows=21, keys=37, d=16, tangents=tangents, dtype=dtype), Tile(32, 16, 1, 1))
+    check(problem(1, 2, 2, rows=21, keys=37, d=16, tangents=tangents, dtype=dtype), Tile(16, 32, 1, 1))
 
 
 @pytest.mark.parametrize("n", [48, 40, 1, 16, 33])
@@ -52,7 +52,7 @@ def test_any_head(d):
     assert d <= padded < 1.34 * max(d, 12)
 
 
-LENS, SOME = torch.tensor([17, 0]), normal(2, 4, 20, 33, seed=5) > -0.3
+LENS, SOME = torch.tensor([17, 0]), normal(2, 2, 20, 33, seed=5) > -0.3
 WAYS = {
     "causal": {"causal": True},
     "more queries than keys, causal": {"causal": True, "rows": 40, "keys": 9},
@@ -63,19 +63,19 @@ WAYS = {
     "mask by query": {"attn_mask": SOME[:1, :1, :, :1]},
     "mask that leaves nothing": {"attn_mask": SOME & (torch.arange(20) != 2)[:, None]},
     "mask that begins with nothing": {"attn_mask": torch.arange(33) > 18},
-    "bias": {"attn_mask": normal(2, 4, 20, 33, seed=6)},
+    "bias": {"attn_mask": normal(2, 2, 20, 33, seed=6)},
     "bias laid out by query": {"attn_mask": normal(2, 1, 33, 20, seed=6, dtype=torch.float32).mT},
     "bias by key": {"attn_mask": normal(33, seed=6, dtype=torch.float32)},
     "bias that excludes": {"attn_mask": torch.zeros(33).masked_fill(torch.arange(33) < 20, -torch.inf)},
     "scale": {"scale": 2.3},
-    "grouped": {"kv_heads": 2},
+    "grouped": {"heads": 4},
     "all at once": {"attn_mask": SOME, "key_lens": LENS, "causal": True, "kv_heads": 1},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_masks_and_groups(way):
-    check(problem(**{"rows": 20, "keys": 33, "d": 16, "dtype": torch.float32} | WAYS[way]))
+    check(problem(**{"heads": 2, "kv_heads": 2, "rows": 20, "keys": 33, "d": 16, "dtype": torch.float32} | WAYS[way]))
 
 
 def test_the_lowest_bias_is_a_number():
@@ -89,7 +89,7 @@ def test_the_lowest_bias_is_a_number():
 @pytest.mark.parametrize("layout", ["tokens first", "fused", "last first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(layout, dtype):
-    check(problem(rows=9, keys=17, d=16, layout=layout, dtype=dtype))
+    check(problem(1, 2, 2, rows=9, keys=17, d=16, layout=layout, dtype=dtype))
 
 
 def test_repeated_and_unaligned_tensors_are_read_as_they_are():
@@ -112,7 +112,7 @@ def test_a_peaky_softmax(dtype):
 
 
 def test_linear_in_the_tangents():
-    a, b = (problem(rows=9, keys=33, d=16, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    a, b = (problem(1, 2, 2, rows=9, keys=33, d=16, dtype=torch.float32, seed=seed) for seed in (1, 2))
     primals = a.tensors[:3]
     both = Problem((*primals, *(2 * x - 3 * y for x, y in zip(a.tensors[3:], b.tensors[3:], strict=True))))
     one, other = solved(a, SMALL)[1], solved(Problem((*primals, *b.tensors[3:])), SMALL)[1]
@@ -128,7 +128,7 @@ def test_absent_is_zero(tangents):
 
 
 def test_parts_of_the_keys_merge_to_the_whole():
-    of = problem(rows=9, keys=50, d=16, dtype=torch.bfloat16)
+    of = problem(1, 2, 2, rows=9, keys=50, d=16, dtype=torch.bfloat16)
     parts = []
     for here in (slice(0, 10), slice(10, 17), slice(17, 50)):
         part = Problem(tuple(x if i in (0, 3) else x[:, :, here] for i, x in enumerate(of.tensors)))
@@ -158,10 +158,10 @@ def test_centring_removes_cancellation(strength):
 def test_float16_does_not_overflow(tangents):
     """H passes 65504 in every other row, and is small in the rest."""
     of = problem(1, 1, 1, rows=20, keys=40, d=16, dtype=torch.float16, tangents=tangents)
-    q, k, v, tq, *others = of.tensors
+    q, k, v, tq, tk, tv = of.tensors
     steep = tq * torch.where(torch.arange(20) % 2 == 0, 2.0, 2.0**14)[:, None].half()
     q, k = q / 64, 64 * k
-    of = Problem((q, k, v, steep, *others))
+    of = Problem((q, k, v, steep, tk, None if tv is None else 4096 * tv))  # so large that its share is seen
     p, ts = (q.double() @ k.double().mT / 4).softmax(-1), steep.double() @ k.double().mT / 4
     assert (p * (ts - (p * ts).sum(-1, keepdim=True))).abs().max() > 2 * 65504
     got, want = solved(of, SMALL, out_dtype=torch.float32)[1], truth(of)[1]
@@ -187,7 +187,7 @@ def problems(draw) -> tuple[Problem, Tile]:
         dtype=dtype, layout=draw(st.sampled_from(["heads first", "tokens first", "fused"])), seed=draw(st.integers(0, 99)),
         causal=draw(st.booleans()), **how,
     )  # fmt: skip
-    return of, draw(st.sampled_from([SMALL, Tile(32, 16, 1, 1), Tile(16, 32, 1, 1)]))
+    return of, draw(st.sampled_from([SMALL, Tile(16, 16, 1, 1), Tile(16, 32, 1, 1)]))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -242,3 +242,13 @@ def test_tiles_are_chosen_by_what_is_asked():
         assert tiles(128, dtype, plain | heavy, hopper)[0] == TILES["roomy, heavy"][128]
     assert tiles(128, torch.bfloat16, plain, desk)[0] == TILES["small"][128]
     assert tiles(64, torch.float32, plain, hopper) == (TILES["float32"][256], LAST)
+
+
+def test_the_copy_engine_reads_steps_of_16_bytes_from_an_address_of_16():
+    x = torch.empty(2, 3, 8, 16, dtype=torch.float16)
+    assert (
+        launch._describable(x) and launch._describable(x.transpose(1, 2)) and launch._describable(x[:1, :1].expand(1, 1, 8, 16))
+    )
+    assert not launch._describable(x[:1].expand(2, 3, 8, 16))  # the same again, in no steps at all
+    assert not launch._describable(x[..., 1:])
+    assert not launch._describable(torch.empty(2, 3, 8, 12, dtype=torch.float16))
