@@ -1,99 +1,183 @@
-"""Exact Jacobian-vector products through unmodified networks: attention that forward-mode AD can cross, and `jvp`.
+"""Exact Jacobian-vector products through unmodified networks.
 
-PyTorch's fused attention has no forward derivative (pytorch#98164). So, while a derivative is taken, calls of
-F.scaled_dot_product_attention are answered by `attention`, the same function in operations that have one; and F.group_norm,
-whose derivative knows one memory layout only, is handed that.
+PyTorch's fused attention has no forward derivative (pytorch#98164). So, while a derivative is taken, `attention_jvp` answers
+the calls of F.scaled_dot_product_attention, whoever makes them. Other operations lose a tangent without a word: they raise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from stepdistill_kernels import attention_jvp
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode, resolve_name
 
-BACKENDS = ("auto", "kernel", "reference")
+from .derivatives import INSTEAD, constant, tangent, tensors
+
+BACKENDS = {"auto": "auto", "kernel": "triton", "reference": "reference"}
+FREE = {  # may return a tensor without a tangent: it is of another's shape alone; or the tangent is beside it
+    torch.empty_like, torch.full_like, torch.ones_like, torch.rand_like, torch.randint_like, torch.randn_like, torch.zeros_like,
+    Tensor.new_empty, Tensor.new_empty_strided, Tensor.new_full, Tensor.new_ones, Tensor.new_zeros, torch._VF._unpack_dual,
+}  # fmt: skip
+OUT = {  # lead out of PyTorch: numbers, arrays, pointers for other kernels
+    Tensor.__array__, Tensor.__complex__, Tensor.__dlpack__, Tensor.__float__, Tensor.__index__, Tensor.__int__,
+    Tensor.data_ptr, Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.untyped_storage,
+}  # fmt: skip
 
 
 @torch.no_grad()
 def jvp(
-    fn: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None], attention: str = "auto"
+    fn: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    attention: str = "auto",
+    calls: Counter[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """fn(*primals), and its derivative along the tangents (None: zero), both without a gradient.
 
     Args:
         fn: tensors to one tensor; what it reads besides has no tangent.
         primals, tangents: of the same shapes and dtypes.
-        attention: "reference", the written-out mathematics, whose memory grows with the square of the tokens; "kernel", one
-            fused pass; "auto", the kernel where there is one for this device, otherwise the reference.
+        attention: "kernel", one fused pass, on CUDA; "reference", plain PyTorch; "auto", the kernel where it can.
+        calls: counts calls of attention by what had a tangent: "111" query, key and value, "100" the query alone.
 
     Raises:
-        ValueError: attention is something else, or "kernel" where there is none.
-        RuntimeError: fn has no forward derivative, or its result does not depend on what has a tangent.
+        ValueError: attention is something else, or the kernel cannot; attention with dropout.
+        RuntimeError: fn has no forward derivative, something in it drops a tangent, or its result has none.
     """
     if attention not in BACKENDS:
         raise ValueError(f"attention {attention!r} is not one of {', '.join(BACKENDS)}")
-    if attention == "kernel":
-        raise ValueError("attention 'kernel': there is no fused kernel yet; use 'auto' or 'reference'")
-    with forward_ad.dual_level(), _Intercepted():
+    with forward_ad.dual_level(), _as_written(), _Watched(BACKENDS[attention], Counter() if calls is None else calls):
         duals = [x if v is None else forward_ad.make_dual(x, v) for x, v in zip(primals, tangents, strict=True)]
         try:
             value, tangent = forward_ad.unpack_dual(fn(*duals))
         except NotImplementedError as error:  # "Trying to use forward AD with ... that does not support it"
             raise RuntimeError(f"this network has no exact derivative ({error}); take finite differences instead") from None
     if tangent is None:
-        raise RuntimeError("the derivative was lost on its way through the network; take finite differences instead")
+        raise RuntimeError("the result depends on nothing that has a tangent, or its derivative was lost; take differences")
     return value, tangent
 
 
-class _Intercepted(TorchFunctionMode):
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """What is compiled runs as it was written, since compiled code may drop tangents; and no module drops one."""
+    if torch.compiler.is_compiling():  # jvp itself is: then all of it
+        with torch._dynamo.error_on_graph_break(True):
+            yield
+    else:
+        with torch.compiler.set_stance("force_eager"), register_module_forward_hook(_watch, with_kwargs=True):
+            yield
+
+
+def _watch(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+    """Notice what a TorchFunctionMode cannot see: kernels of others that a module calls."""
+    with torch._C.DisableTorchFunction():  # nobody need watch the watchman
+        if _loses((args, kwargs), out) and any(True for _ in module.parameters()):
+            raise _lost(type(module).__name__)
+
+
+class _Watched(TorchFunctionMode):
+    """Every call of PyTorch: attention is answered with its derivative, and no tangent is dropped."""
+
+    def __init__(self, backend: str, calls: Counter[str]):
+        super().__init__()
+        self.backend, self.calls = backend, calls
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return INSTEAD.get(function, function)(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if getattr(function, "__name__", "") == "unflatten":  # the method is what torch.compile cannot follow here
+            return torch.unflatten(*args, **kwargs)
+        if function in OUT and _moves(args):
+            raise _lost(resolve_name(function))
+        out = INSTEAD.get(function, function)(*args, **kwargs)
+        if function not in FREE and _loses((args, kwargs), out):
+            raise _lost(resolve_name(function) or str(function))
+        return out
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """F.scaled_dot_product_attention: query [..., H, N, D], key [..., H, M, D], value [..., H, M, E]."""
+        if dropout_p:
+            raise ValueError(
+                f"attention with dropout {dropout_p:g} is another function each time; put the network in eval mode"
+            )
+        if _moves(attn_mask):
+            raise RuntimeError("the mask of attention has a tangent, which is not supported; take finite differences instead")
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+        batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+        given = [forward_ad.unpack_dual(_flat(x, batch)) for x in (query, key, value)]
+        q, k, v = (x.primal for x in given)
+        tangents = [x.tangent for x in given]
+        self.calls["".join("0" if x is None else "1" for x in tangents)] += 1
+        if all(x is None for x in tangents):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        with torch.autocast(q.device.type, enabled=False):
+            o, to = attention_jvp(
+                q,
+                k,
+                v,
+                *tangents,
+                scale=scale,
+                attn_mask=attn_mask if attn_mask is None or attn_mask.ndim < 4 else _flat(attn_mask, batch),
+                causal=is_causal,
+                enable_gqa=enable_gqa,
+                backend=self.backend,
+            )
+        return forward_ad.make_dual(o, to).reshape(*batch, *query.shape[-3:-1], v.shape[-1])
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """softmax(scale Q K^T + mask) V, computed in at least float32; the signature of F.scaled_dot_product_attention.
+def _flat(x: Tensor, batch: Sequence[int]) -> Tensor:
+    """[..., H, N, D] as [B, H, N, D]."""
+    x = x if x.ndim > 2 else x[None]
+    return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
 
-    Shapes: query [..., H, N, D], key [..., H, M, D], value [..., H, M, E], result [..., H, N, E]. A query that the mask
-    leaves no key gets zeros.
 
-    Raises:
-        ValueError: dropout_p is not 0: two passes of one network would not be of one function.
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As autocast would hand them to attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    kept = (torch.float64, torch.bool)
+    return [x if x is None or x.dtype in kept else x.to(dtype) for x in tensors]
+
+
+def _loses(given: object, out: object) -> bool:
+    """Whether something given has a tangent that is not zero, and no tensor that came of it has one.
+
+    The answer to a question, yes or no, needs none.
     """
-    if dropout_p:
-        raise ValueError(f"attention with dropout {dropout_p} has no derivative; put the network in evaluation mode")
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        q, k, v = (x.to(dtype) for x in (query, key, value))
-        if enable_gqa:
-            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-        logits = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        if is_causal:
-            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if attn_mask is None:
-            return (logits.softmax(-1) @ v).to(query.dtype)
-        if attn_mask.dtype != torch.bool:
-            return ((logits + attn_mask).softmax(-1) @ v).to(query.dtype)
-        weights = logits.masked_fill(~attn_mask, -math.inf).softmax(-1)
-        return (weights.masked_fill(~attn_mask.any(-1, keepdim=True), 0) @ v).to(query.dtype)
+    if isinstance(out, Tensor) and (out.dtype is torch.bool or tangent(out) is not None):  # most calls end here
+        return False
+    made = [x for x in tensors(out) if x.dtype is not torch.bool]
+    return bool(made) and constant(made) and _moves(given)
 
 
-def group_norm(x: Tensor, *args, **kwargs) -> Tensor:
-    """F.group_norm, whose forward derivative takes no channels-last input."""
-    return F.group_norm(x.contiguous(), *args, **kwargs)
+def _moves(*given: object) -> bool:
+    return any(bool(t.any()) for x in tensors(given) if (t := tangent(x)) is not None)
 
 
-INSTEAD = {F.scaled_dot_product_attention: attention, F.group_norm: group_norm}
+def _lost(where: str) -> RuntimeError:
+    return RuntimeError(
+        f"{where} drops the tangent that reaches it, so the derivative would be wrong: do without it, or take differences"
+    )

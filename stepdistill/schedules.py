@@ -76,13 +76,13 @@ class VariancePreserving:
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table = self.theta.to(t.device)
         at = t.double() * (len(table) - 1)
-        low = at.detach().floor().long().clamp(0, len(table) - 2)
+        low = at.floor().long().clamp(0, len(table) - 2)
         angle = table[low].lerp(table[low + 1], at - low)
         return angle.cos().to(t.dtype), angle.sin().to(t.dtype)
 
     def time(self, theta: Tensor) -> Tensor:
         table, angle = self.theta.to(theta.device), theta.double()
-        low = (torch.searchsorted(table, angle.detach().contiguous()) - 1).clamp(0, len(table) - 2)
+        low = ((table < angle[..., None]).sum(-1) - 1).clamp(0, len(table) - 2)
         at = low + (angle - table[low]) / (table[low + 1] - table[low])
         return (at / (len(table) - 1)).to(theta.dtype)
 
