@@ -26,9 +26,9 @@ FREE = {  # may return a tensor without a tangent: it is of another's shape alon
     torch.empty_like, torch.full_like, torch.ones_like, torch.rand_like, torch.randint_like, torch.randn_like, torch.zeros_like,
     Tensor.new_empty, Tensor.new_empty_strided, Tensor.new_full, Tensor.new_ones, Tensor.new_zeros, torch._VF._unpack_dual,
 }  # fmt: skip
-OUT = {  # lead out of PyTorch: numbers, arrays, pointers for other kernels
+OUT = {  # whose results cannot tell that a tangent was dropped: numbers, arrays, pointers for other kernels, in place
     Tensor.__array__, Tensor.__complex__, Tensor.__dlpack__, Tensor.__float__, Tensor.__index__, Tensor.__int__,
-    Tensor.data_ptr, Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.untyped_storage,
+    Tensor.data_ptr, Tensor.detach_, Tensor.item, Tensor.numpy, Tensor.tolist, Tensor.untyped_storage,
 }  # fmt: skip
 
 
@@ -57,12 +57,12 @@ def jvp(
     with forward_ad.dual_level(), _as_written(), _Watched(BACKENDS[attention], Counter() if calls is None else calls):
         duals = [x if v is None else forward_ad.make_dual(x, v) for x, v in zip(primals, tangents, strict=True)]
         try:
-            value, tangent = forward_ad.unpack_dual(fn(*duals))
+            value, slope = forward_ad.unpack_dual(fn(*duals))
         except NotImplementedError as error:  # "Trying to use forward AD with ... that does not support it"
             raise RuntimeError(f"this network has no exact derivative ({error}); take finite differences instead") from None
-    if tangent is None:
+    if slope is None:
         raise RuntimeError("the result depends on nothing that has a tangent, or its derivative was lost; take differences")
-    return value, tangent
+    return value, slope
 
 
 @contextmanager
@@ -96,6 +96,8 @@ class _Watched(TorchFunctionMode):
             return self.attention(*args, **kwargs)
         if getattr(function, "__name__", "") == "unflatten":  # the method is what torch.compile cannot follow here
             return torch.unflatten(*args, **kwargs)
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # where nothing has a tangent
+            raise _lost("torch.inference_mode")
         if function in OUT and _moves(args):
             raise _lost(resolve_name(function))
         out = INSTEAD.get(function, function)(*args, **kwargs)
@@ -116,38 +118,28 @@ class _Watched(TorchFunctionMode):
     ) -> Tensor:
         """F.scaled_dot_product_attention: query [..., H, N, D], key [..., H, M, D], value [..., H, M, E]."""
         if dropout_p:
-            raise ValueError(
-                f"attention with dropout {dropout_p:g} is another function each time; put the network in eval mode"
-            )
-        if _moves(attn_mask):
+            told = f"attention with dropout {dropout_p:g} is another function each time; put the network in evaluation mode"
+            raise ValueError(told)
+        if not constant(attn_mask):
             raise RuntimeError("the mask of attention has a tangent, which is not supported; take finite differences instead")
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
         batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
-        given = [forward_ad.unpack_dual(_flat(x, batch)) for x in (query, key, value)]
-        q, k, v = (x.primal for x in given)
-        tangents = [x.tangent for x in given]
-        self.calls["".join("0" if x is None else "1" for x in tangents)] += 1
-        if all(x is None for x in tangents):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+        (q, tq), (k, tk), (v, tv) = (forward_ad.unpack_dual(_flat(x, batch)) for x in (query, key, value))
+        given = [x is not None for x in (tq, tk, tv)]
+        self.calls["".join(str(int(x)) for x in given)] += 1
+        how = {"scale": scale, "enable_gqa": enable_gqa}
+        if not any(given):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **how)
+        mask = attn_mask if attn_mask is None or attn_mask.ndim < 4 else _flat(attn_mask, batch)
         with torch.autocast(q.device.type, enabled=False):
-            o, to = attention_jvp(
-                q,
-                k,
-                v,
-                *tangents,
-                scale=scale,
-                attn_mask=attn_mask if attn_mask is None or attn_mask.ndim < 4 else _flat(attn_mask, batch),
-                causal=is_causal,
-                enable_gqa=enable_gqa,
-                backend=self.backend,
-            )
+            o, to = attention_jvp(q, k, v, tq, tk, tv, attn_mask=mask, causal=is_causal, backend=self.backend, **how)
         return forward_ad.make_dual(o, to).reshape(*batch, *query.shape[-3:-1], v.shape[-1])
 
 
 def _flat(x: Tensor, batch: Sequence[int]) -> Tensor:
     """[..., H, N, D] as [B, H, N, D]."""
+    if x.ndim == 4 and x.shape[:-3] == batch:
+        return x
     x = x if x.ndim > 2 else x[None]
     return x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
 

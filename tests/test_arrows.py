@@ -38,7 +38,7 @@ DOORS = {  # third-party package: the rooms that may import it
 }
 PIPELINES = {"families", "export", "serve", *MAKERS}  # rooms that may import a pipeline class from diffusers
 
-NUMBERS = {"schedules", "diffusion", "losses", "batch", "attention"}  # pure maths
+NUMBERS = {"schedules", "diffusion", "losses", "batch", "attention", "derivatives"}  # pure maths
 MODEL = NUMBERS | {"roles", "sampling", "distributed", "fields", "errors"}
 MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by NEVER and by the lack of circles
     **{room: NUMBERS for room in NUMBERS},
