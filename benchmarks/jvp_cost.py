@@ -1,7 +1,7 @@
 """What a Jacobian-vector product costs: one exact pass of `jvp`, in forward passes of the same network without gradient.
 
-    python benchmarks/jvp_cost.py              # into benchmarks/jvp_cost.json, and a table
-    python benchmarks/jvp_cost.py --repeats 3
+    python benchmarks/jvp_cost.py              # into benchmarks/jvp_cost.json and docs/jvp.md
+    python benchmarks/jvp_cost.py --repeats 30
 
 Networks of diffusers with random weights, float32, PyTorch's own attention in the forward pass. Both passes take turns, so
 that whatever else the machine does meets both.
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from stepdistill.attention import jvp
 
-RESULTS = Path(__file__).resolve().parent / "jvp_cost.json"
+REPO = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = REPO / "benchmarks/jvp_cost.json", REPO / "docs/jvp.md"
+BEGIN, END = "<!-- made by benchmarks/jvp_cost.py -->", "<!-- end of what was made -->"
 Network = tuple[torch.nn.Module, Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]
 
 
@@ -79,6 +82,7 @@ def measure(build: Callable[[], Network], repeats: int) -> dict:
     f(x, t)
     times = [(clock(lambda: f(x, t)), clock(lambda: jvp(f, (x, t), (v, dt)))) for _ in range(repeats)]
     forward, both = zip(*times, strict=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "attention": dict(calls),
@@ -88,30 +92,40 @@ def measure(build: Callable[[], Network], repeats: int) -> dict:
         "repeats": repeats,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads of {len(os.sched_getaffinity(0))} cores",
         "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
     }
+
+
+def cell(figures: dict[str, float], unit: float, digits: int) -> str:
+    median, p10, p90 = (f"{figures[key] * unit:.{digits}f}" for key in ("median", "p10", "p90"))
+    return f"{median} ({p10} .. {p90})"
 
 
 def table(results: dict[str, dict]) -> str:
     """The figures as Markdown."""
-    lines = [["network", "parameters", "forward, ms", "JVP, ms", "JVP / forward"], ["---"] * 5]
+    lines = [["network", "parameters", "attention", "forward, ms", "JVP, ms", "JVP / forward"], ["---"] * 6]
     for name, made in results.items():
-        cells = [
-            "{median:.0f} ({p10:.0f} .. {p90:.0f})".format(**{k: 1e3 * s for k, s in made[what].items()})
-            for what in ("forward", "jvp")
-        ]
-        quotient = "**{median:.2f}** ({p10:.2f} .. {p90:.2f})".format(**made["quotient"])
-        lines.append([name, f"{made['parameters'] / 1e6:.0f} M", *cells, quotient])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        attention = ", ".join(f"{n} x {given}" for given, n in made["attention"].items())
+        times = [cell(made["forward"], 1e3, 0), cell(made["jvp"], 1e3, 0), cell(made["quotient"], 1, 2)]
+        lines.append([name, f"{made['parameters'] / 1e6:.0f} million", attention, *times])
+    first = next(iter(results.values()))
+    notes = (
+        f"Medians (and tenths) of {first['repeats']} passes of each, in turns. {first['machine']}, torch {first['torch']}, commit "
+        f"{first['commit']}."
+    )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{notes}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20, help="of each pass, 2 or more")
+    parser.add_argument("--repeats", type=int, default=10, help="of each pass, 2 or more")
     repeats = parser.parse_args().repeats
     results = {}
     for name, build in NETWORKS.items():
         results[name] = measure(build, repeats)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
     print(table(results))
 
 

@@ -166,7 +166,8 @@ def _loses(given: object, out: object) -> bool:
 
 
 def _moves(*given: object) -> bool:
-    return any(bool(t.any()) for x in tensors(given) if (t := tangent(x)) is not None)
+    compiled = torch.compiler.is_compiling()  # then nobody can look: any may
+    return any(compiled or bool(t.any()) for x in tensors(given) if (t := tangent(x)) is not None)
 
 
 def _lost(where: str) -> RuntimeError:

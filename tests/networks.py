@@ -6,7 +6,9 @@ import diffusers
 import peft
 import pipelines
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from worlds import F64
 
@@ -144,3 +146,9 @@ def build(name: str):
     net, f, shape = NETWORKS[name]()
     t, dt = torch.tensor([0.4, 0.7], dtype=F64), torch.tensor([0.3, -0.2], dtype=F64)
     return net, f, (normal(2, *shape), t), (normal(2, *shape, seed=1), dt)
+
+
+def exact(f, primals, tangents) -> tuple[Tensor, Tensor]:
+    """What PyTorch says where attention is its own mathematics."""
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        return forward_ad.unpack_dual(f(*(forward_ad.make_dual(x, v) for x, v in zip(primals, tangents, strict=True))))

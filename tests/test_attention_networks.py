@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
-from networks import NETWORKS, Promoted, build, normal
+from networks import NETWORKS, Promoted, build, exact, normal
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.attention import jvp
 
@@ -30,12 +29,6 @@ CALLS = {  # of attention, by which of query, key and value have tangents: text 
     "cogvideox": {"111": 2},
     "hunyuan video": {"111": 2, "000": 1},  # the text's own
 }
-
-
-def exact(f, primals, tangents) -> tuple[Tensor, Tensor]:
-    """What PyTorch says where attention is its own mathematics."""
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        return forward_ad.unpack_dual(f(*(forward_ad.make_dual(x, v) for x, v in zip(primals, tangents, strict=True))))
 
 
 def off(x: Tensor, y: Tensor) -> float:
