@@ -21,24 +21,6 @@ CASES = {  # arguments, and keyword arguments
     "conv1d": (F.conv1d, (X, normal(3, 4, 3), B), {"padding": 1}),
     "conv2d": (F.conv2d, (IMAGE, normal(2, 2, 3, 3), B[:2], 2, 1, 1, 2), {}),
     "conv3d": (F.conv3d, (IMAGE[:, :, None], normal(3, 4, 1, 1, 1), B), {}),
-    "product": (Tensor.mul, (X, normal(4, 1)), {}),
-    "product with a number": (torch.mul, (X, 0.7), {}),
-    "product with a mask": (Tensor.mul, (X, X > 0), {}),
-    "product with complex numbers": (Tensor.mul, (X, torch.complex(X, X)), {}),
-    "sum": (Tensor.add, (normal(4, 1), X), {}),
-    "sum with a number": (torch.add, (X, 2), {}),
-    "sum with a multiple": (torch.add, (X, X), {"alpha": 3}),
-    "difference": (Tensor.sub, (normal(6), X), {}),
-    "difference with an integer": (torch.sub, (X, torch.arange(6)), {}),
-    "quotient": (Tensor.div, (X, normal(4, 1)), {}),
-    "quotient by a number": (torch.div, (X, 3.0), {}),
-    "quotient by itself": (torch.div, (X, X), {}),
-    "rounded quotient": (Tensor.div, (X, 0.1), {"rounding_mode": "floor"}),
-    "layer norm": (F.layer_norm, (X, (6,), normal(6), normal(6, seed=1), 1e-3), {}),
-    "layer norm over two": (F.layer_norm, (X, (4, 6), normal(4, 6)), {"bias": normal(4, 6, seed=1), "eps": 1e-2}),
-    "layer norm, scale only": (F.layer_norm, (X, (6,), normal(6)), {}),
-    "bare layer norm": (F.layer_norm, (X, (6,)), {}),
-    "rms norm": (F.rms_norm, (X, (6,), normal(6), 1e-3), {}),
     "group norm": (F.group_norm, (IMAGE, 2, SCALE, SHIFT, 1e-3), {}),
     "group norm of tokens": (F.group_norm, (X, 2, SCALE), {"bias": SHIFT}),
     "bare group norm": (F.group_norm, (IMAGE, 2), {"eps": 1e-3}),
@@ -78,15 +60,6 @@ def test_every_rule_is_tried():
     assert {f.__name__ for f in INSTEAD} == {f.__name__ for f in tried}
 
 
-def test_a_result_may_be_changed_in_place():
-    """No tangent is shared with what was given."""
-    with torch.no_grad(), forward_ad.dual_level():
-        x = forward_ad.make_dual(X, X.clone())
-        for f, other in ((Tensor.add, 1.0), (Tensor.mul, 1.0), (Tensor.div, 1.0)):
-            INSTEAD[f](x, other).mul_(3)
-        assert torch.equal(tangent(x), X)
-
-
 def test_channels_last_norms_have_a_derivative():
     with torch.no_grad(), forward_ad.dual_level():
         x = forward_ad.make_dual(IMAGE, normal(*IMAGE.shape, seed=1))
@@ -96,14 +69,6 @@ def test_channels_last_norms_have_a_derivative():
             torch.testing.assert_close(tangent(INSTEAD[F.group_norm](last, 2, scale)), want, rtol=0, atol=1e-13)
             with pytest.raises(RuntimeError, match="view size"):
                 F.group_norm(last, 2, scale)
-
-
-def test_half_precision_keeps_its_type():
-    low = [x.bfloat16() for x in (X, normal(6), normal(6, seed=1))]
-    with torch.no_grad(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(low[0], low[0])
-        for got in (INSTEAD[F.layer_norm](dual, (6,), *low[1:]), INSTEAD[Tensor.mul](dual, 0.3), INSTEAD[Tensor.add](dual, 1)):
-            assert got.dtype == tangent(got).dtype == torch.bfloat16
 
 
 def test_parameters_are_constant():
