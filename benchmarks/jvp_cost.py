@@ -110,8 +110,8 @@ def table(results: dict[str, dict]) -> str:
         lines.append([name, f"{made['parameters'] / 1e6:.0f} million", attention, *times])
     first = next(iter(results.values()))
     notes = (
-        f"Medians (and tenths) of {first['repeats']} passes of each, in turns. {first['machine']}, torch {first['torch']}, commit "
-        f"{first['commit']}."
+        f"Medians (and tenths) of {first['repeats']} passes of each, in turns. {first['machine']}, torch {first['torch']}, "
+        f"commit {first['commit']}."
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{notes}"
 

@@ -43,6 +43,7 @@ def test_the_derivatives_page_is_right():
     page = (REPO / "docs" / "jvp.md").read_text(encoding="utf-8")
     net, _, (x, t), (v, _) = build("sd3")
     said = {"net": net, "x": x, "t": t, "v": v, "text": normal(2, 6, 32), "pooled": normal(2, 32), "torch": torch}
+    said |= {name: normal(1, 2, 5, 8, seed=i) for i, name in enumerate(("q", "k", "v", "tq", "tk", "tv"))}
     with Promoted():
         for code in re.findall("```python\n(.*?)```", page, re.DOTALL):
             exec(code, said)
