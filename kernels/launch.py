@@ -30,8 +30,8 @@ def unable(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
         return (
             "" if INTERPRETED else "the tensors are on the CPU, where it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
         )
-    if q.device.type != "cuda":
-        return f"it runs on CUDA devices, not on {q.device.type}"
+    if q.device.type != "cuda" or torch.version.hip:
+        return f"it runs on CUDA devices, not on {'ROCm' if torch.version.hip else q.device.type}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(q.device)} has less"
     return ""

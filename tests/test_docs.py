@@ -43,14 +43,14 @@ def test_the_derivatives_page_is_right():
     page = (REPO / "docs" / "jvp.md").read_text(encoding="utf-8")
     net, _, (x, t), (v, _) = build("sd3")
     said = {"net": net, "x": x, "t": t, "v": v, "text": normal(2, 6, 32), "pooled": normal(2, 32), "torch": torch}
-    said |= {name: normal(1, 2, 5, 8, seed=i) for i, name in enumerate(("q", "k", "v", "tq", "tk", "tv"))}
+    heads = {name: normal(1, 2, 5, 8, seed=i) for i, name in enumerate(("q", "k", "v", "tq", "tk", "tv"))}
     with Promoted():
         for code in re.findall("```python\n(.*?)```", page, re.DOTALL):
-            exec(code, said)
+            exec(code, heads if "attention_jvp" in code else said)
         value, slope = exact(said["f"], (x, t), (v, torch.ones_like(t)))
     torch.testing.assert_close(said["value"], value, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(said["slope"], slope, rtol=1e-8, atol=1e-10)
-    assert said["calls"] == {"111": 3}
+    assert said["calls"] == {"111": 3} and heads["to"].any()
 
 
 def test_the_derivatives_page_shows_the_measured_cost():
