@@ -1,10 +1,9 @@
-"""Forward derivatives of operations for which PyTorch has none, or a slow one: what is asked of it, and what answers instead."""
+"""Forward derivatives of operations that have none in PyTorch, or a slow one: what is asked for, and what answers instead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
