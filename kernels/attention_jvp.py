@@ -58,8 +58,7 @@ def attention_jvp(
     """
     _check(q, k, v, tq, tk, tv, attn_mask, key_lens, enable_gqa, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    solve = _solve if _plain(q, k, v) else _operator
-    o, to, lse, mu = solve(q, k, v, tq, tk, tv, attn_mask, key_lens, scale, causal, out_dtype or q.dtype, backend)
+    o, to, lse, mu = _operator(q, k, v, tq, tk, tv, attn_mask, key_lens, scale, causal, out_dtype or q.dtype, backend)
     return (o, to, lse, mu) if return_stats else (o, to)
 
 
@@ -126,18 +125,8 @@ def like_queries(q: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return q.new_empty(b, h, n, width, dtype=dtype)
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether PyTorch need not know of the operator: nothing compiles, transforms or differentiates what it computes.
-
-    Calling it is then cheaper, and safer: PyTorch 2.13 was seen to lose a Python operator's schema under a
-    TorchFunctionMode, about once in thirty processes, with a crash.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
-
-
-def _solve(
+@torch.library.custom_op("stepdistill::attention_jvp", mutates_args=())
+def _operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,9 +151,6 @@ def _solve(
     with torch.autocast(q.device.type, enabled=False):
         exact_o, exact_to, lse, mu = reference.attention_jvp(*given)
     return o.copy_(exact_o), to.copy_(exact_to), lse, mu
-
-
-_operator = torch.library.custom_op("stepdistill::attention_jvp", _solve, mutates_args=())
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> bool:

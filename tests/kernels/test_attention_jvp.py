@@ -1,5 +1,8 @@
 """The public function and its reference in plain PyTorch, against float64 and the definition."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +127,12 @@ def test_the_derivative_has_no_gradient_and_says_so():
     o, to = attention_jvp(q, *of.tensors[1:])
     (o * to.detach()).sum().backward()
     assert q.grad is not None
+
+
+def test_nothing_is_defined_when_the_folder_is_imported_by_its_own_name():
+    """As transformers does where the checkout can be imported from, to see the version of Hugging Face's `kernels`."""
+    folder = importlib.import_module("kernels")
+    assert folder.__version__ and not hasattr(folder, "attention_jvp") and "kernels.attention_jvp" not in sys.modules
 
 
 def test_it_is_a_proper_operator():
