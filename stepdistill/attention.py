@@ -131,8 +131,7 @@ class _Watched(TorchFunctionMode):
         if not any(given):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **how)
         mask = attn_mask if attn_mask is None or attn_mask.ndim < 4 else _flat(attn_mask, batch)
-        with torch.autocast(q.device.type, enabled=False):
-            o, to = attention_jvp(q, k, v, tq, tk, tv, attn_mask=mask, causal=is_causal, backend=self.backend, **how)
+        o, to = attention_jvp(q, k, v, tq, tk, tv, attn_mask=mask, causal=is_causal, backend=self.backend, **how)
         return forward_ad.make_dual(o, to).reshape(*batch, *query.shape[-3:-1], v.shape[-1])
 
 

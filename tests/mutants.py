@@ -182,7 +182,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("attention.py", "tq, tk, tv, attn_mask=mask", "tq, tv, tk, attn_mask=mask", "attention"),
     ("attention.py", "attn_mask=mask,", "attn_mask=attn_mask,", "attention"),
     ("attention.py", "_autocast(query, key, value, attn_mask)", "query, key, value, attn_mask", "attention"),
-    ("attention.py", "with torch.autocast(q.device.type, enabled=False):", "if True:", "attention"),
+    (OPERATOR, "with torch.autocast(q.device.type, enabled=False):", "if True:", "attention"),
     ("attention.py", "if function in OUT and", "if False and", "attention"),
     ("attention.py", "if function not in FREE and", "if False and", "attention"),
     ("attention.py", "if not torch.compiler.is_compiling() and torch.is", "if False and torch.is", "attention"),
