@@ -34,7 +34,8 @@ def attention_jvp(
 ) -> tuple[Tensor, ...]:
     """o = softmax(scale q k^T + mask) v, and its derivative `to` along tangents; absent ones are zero, and cost nothing.
 
-    o has a gradient with respect to q, k and v (that of PyTorch's own attention); `to` has none.
+    o has a gradient with respect to q, k and v (that of PyTorch's own attention); `to` and a mask have none. With S the logits,
+    P = softmax(S) and tS = scale (tq k^T + q tk^T): to = P tv + P (tS - mu) v, where mu = rowsum(P tS) (reference.py).
 
     Args:
         q: [B, H, Nq, D]; any strides.
@@ -54,7 +55,9 @@ def attention_jvp(
         o, to [B, H, Nq, Dv] (and lse, mu). Where no key counts, o and `to` are 0 and lse is -inf.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or backend is "triton" and the kernel cannot compute this.
+        ValueError: shapes, dtypes or devices do not fit; attn_mask requires a gradient; or backend is "triton" and the kernel
+            cannot compute this.
+        RuntimeError: in the backward pass, a gradient arrives at `to`, lse or mu.
     """
     _check(q, k, v, tq, tk, tv, attn_mask, key_lens, enable_gqa, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -65,7 +68,8 @@ def attention_jvp(
 def merge(parts: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over all keys from (o, to, lse, mu) over disjoint parts of them, in any order: split keys, ring attention.
 
-    With w = exp(lse_part - lse): mu = sum w mu_part, and to = sum w (to_part + (mu_part - mu) o_part).
+    With w = exp(lse_part - lse): mu = sum w mu_part, and to = sum w (to_part + (mu_part - mu) o_part). Shapes as of
+    attention_jvp(..., return_stats=True): o and to [B, H, Nq, Dv], lse and mu [B, H, Nq].
     """
     o, to, lse, mu = (torch.stack(x) for x in zip(*parts, strict=True))
     whole = lse.logsumexp(0)
@@ -110,6 +114,8 @@ def _check(q, k, v, tq, tk, tv, attn_mask, key_lens, enable_gqa, backend) -> Non
             f"attn_mask is boolean or added, not {attn_mask.dtype}",
         )
         rule(attn_mask.device == q.device, f"attn_mask is on {attn_mask.device}, q on {q.device}")
+        learnt = attn_mask.requires_grad and torch.is_grad_enabled()
+        rule(not learnt, "attn_mask requires a gradient, and there is none for it: detach it")
     if key_lens is not None:
         rule(
             key_lens.shape == q.shape[:1] and not key_lens.is_floating_point() and key_lens.device == q.device,
@@ -170,7 +176,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> bool:
     if why and backend == "triton":
         raise ValueError(f"attention_jvp: the fused kernel cannot compute this: {why}")
     if why:
-        warnings.warn(f"attention_jvp in plain PyTorch, which is slower than the fused kernel: {why}", stacklevel=2)
+        warnings.warn(f"attention_jvp by plain PyTorch, not by the fused kernel: {why}", stacklevel=2)
     return not why
 
 

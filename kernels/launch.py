@@ -27,9 +27,7 @@ def unable(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
     if not scale > 0:
         return f"the scale is above 0, not {scale}"
     if q.device.type == "cpu":
-        return (
-            "" if INTERPRETED else "the tensors are on the CPU, where it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
-        )
+        return "" if INTERPRETED else "on the CPU it runs only in Triton's interpreter (TRITON_INTERPRET=1)"
     if q.device.type != "cuda" or torch.version.hip:
         return f"it runs on CUDA devices, not on {'ROCm' if torch.version.hip else q.device.type}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):

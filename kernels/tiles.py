@@ -18,7 +18,7 @@ class Tile(NamedTuple):
 
 ROOMY = 200 * 1024  # bytes of shared memory a block, from which the first table holds: Hopper and its successors have 227 KiB
 
-# Widest head: tile, per table. Chosen so that the assembler spills nothing (docs/jvp.md), not by time: no GPU was at hand.
+# Widest head: tile, per table. Chosen so that nothing spills at 64 and 128 (docs/jvp.md), not by time: no GPU was at hand.
 TILES: dict[str, dict[int, Tile]] = {
     "roomy": {96: Tile(128, 64, 2, 8), 128: Tile(128, 64, 2, 8), 160: Tile(128, 32, 2, 8), 256: Tile(64, 32, 2, 8)},
     "roomy, heavy": {64: Tile(128, 64, 2, 8), 128: Tile(128, 32, 3, 8), 256: Tile(64, 16, 2, 8)},

@@ -21,9 +21,11 @@ import peft  # noqa: F401 - peft and diffusers so that each fork finds them load
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa: F401
-from mutants import MUTATIONS
+from kernel_mutants import MUTATIONS as OF_KERNELS
+from mutants import MUTATIONS as OF_THE_REST
 
 REPO = Path(__file__).resolve().parent.parent
+MUTATIONS = OF_THE_REST + OF_KERNELS
 FOLDERS = {"stepdistill": "stepdistill", "stepdistill_kernels": "kernels", "tests": "tests"}  # as imported: where it is
 
 
