@@ -59,7 +59,8 @@ def tiles(case: Case) -> list[Tile]:
         shared = wide * width * (q_and * queries + stages * k_and * keys)
         return registers <= 192 and shared <= 227 * 1024
 
-    return [tile for tile in itertools.product((64, 128), (32, 64, 128), (2, 3, 4), (4, 8)) if fits(tile)]
+    sides = ((16, 32, 64), (16, 32), (1, 2)) if wide == 4 else ((64, 128), (32, 64, 128), (2, 3, 4))  # no tensor cores: small
+    return [tile for tile in itertools.product(*sides, (4, 8)) if fits(tile)]
 
 
 @torch.no_grad()
