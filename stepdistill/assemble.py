@@ -95,8 +95,8 @@ def assemble(recipe: Recipe) -> Distillation:
     """
     where = distributed.device()
     model, train = recipe.model, recipe.train
-    dtype, side = getattr(torch, model.dtype), recipe.data.resolution
-    family = load_family(model.source, dtype, model.revision, model.variant, where, side)
+    dtype, data = getattr(torch, model.dtype), recipe.data
+    family = load_family(model.source, dtype, model.revision, model.variant, where, data.size, data.frames)
     strategy = recipe.strategy
     check_guidance(family, recipe)
     averaged = [name for name in trained(strategy) if train.ema is not None]

@@ -49,7 +49,7 @@ def about(told: Serving) -> str:
         what += " take turns to make"
     return (
         f"{what} `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} "
-        f"a picture at {told.resolution} x {told.resolution}, distilled with the strategy `{told.strategy}` of stepdistill. "
+        f"a picture at {told.size[1]} x {told.size[0]}, distilled with the strategy `{told.strategy}` of stepdistill. "
         f"The licence is that of the base model."
     )
 

@@ -194,8 +194,7 @@ def check_export(distillation: Distillation, out: Path) -> str:
     """
     told, worst = read_export(out), 0.0
     family = distillation.family
-    shape = (len(told.prompts), *family.latent_shape(told.resolution, told.resolution))
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((len(told.prompts), *family.shape), generator=torch.Generator().manual_seed(0))
     ours = family.packed(trainers_latents(distillation, told, noise))
     for form, files in told.files.items():
         theirs = stock_latents(open_export(out, told, form), told, family.packed(noise))

@@ -27,7 +27,7 @@ from .samplers import Sampler, find_sampler
 from .sources import embedded_models
 
 SIDECAR = "stepdistill.json"
-FORMAT = 2  # of the sidecar; a change that makes older ones unreadable raises it
+FORMAT = 3  # of the sidecar; a change that makes older ones unreadable raises it
 STEPS = (1, 2, 4, 8)  # numbers of steps that are tried besides those that a recipe names
 WHOLE = ("pipeline", "fused")  # files that are whole pipeline folders; the others are LoRA files
 
@@ -43,7 +43,8 @@ class Serving:
     revision: str | None
     variant: str | None
     dtype: str  # of the base
-    resolution: int  # side in pixels that the student was trained at
+    size: tuple[int, int]  # height and width in pixels that the student was trained at
+    frames: int | None  # of its videos; None: it draws pictures
     strategy: str
     steps: int  # which of `samplers` is meant
     samplers: dict[int, Sampler]  # for every number of steps that is known to work
@@ -107,7 +108,9 @@ class Serving:
                 int(n): Sampler(**sampler | {"students": tuple(sampler["students"])}) for n, sampler in tree["samplers"].items()
             }
             files = {form: tuple(names) for form, names in tree["files"].items()}
-            return cls(**tree | {"prompts": tuple(tree["prompts"]), "samplers": samplers, "files": files})
+            return cls(
+                **tree | {"prompts": tuple(tree["prompts"]), "size": tuple(tree["size"]), "samplers": samplers, "files": files}
+            )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UserError(f"{SIDECAR} cannot be read ({error!r}); export the run again") from None
 
@@ -139,9 +142,9 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     samplers[len(how.hops)] = _sampler(distillation, steps)
     if recipe.lora is None:  # those programs load LoRA files
         samplers = {n: dataclasses.replace(sampler, comfyui=None, a1111=None) for n, sampler in samplers.items()}
-    side, source = recipe.data.resolution or family.resolution, recipe.model.source
+    source = recipe.model.source
     folder = source not in embedded_models() and Path(source).is_dir()
-    size = {} if side == family.resolution else {"height": side, "width": side}
+    size = {} if family.size == family.native else dict(zip(("height", "width"), family.size, strict=True))
     packages, lora = ("diffusers", "torch", "peft"), None
     if recipe.lora:  # scale 1 is what was trained; on other fine-tunes of the same base less often looks better
         lora = {"rank": recipe.lora.rank, "alpha": recipe.lora.rank, "scale": 1.0, "scale_range": [0.5, 1.0]}
@@ -154,7 +157,8 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         revision=recipe.model.revision,
         variant=recipe.model.variant,
         dtype=recipe.model.dtype,
-        resolution=side,
+        size=family.size,
+        frames=family.frames,
         strategy=strategy_name(recipe.strategy),
         steps=len(how.hops),
         samplers=dict(sorted(samplers.items())),

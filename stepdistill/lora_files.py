@@ -56,7 +56,7 @@ def kohya_header(state: Mapping[str, Tensor], told: Serving, text_width: int, ki
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
         "modelspec.title": told.name,
-        "modelspec.resolution": f"{told.resolution}x{told.resolution}",
+        "modelspec.resolution": "{1}x{0}".format(*told.size),
         "modelspec.usage_hint": f"{told.steps} steps, {words}; negative prompts have no effect",
         "modelspec.prediction_type": {"eps": "epsilon"}.get(kind, kind),
         "ss_network_module": "networks.lora",

@@ -87,7 +87,7 @@ def settings(distillation: Distillation, prompts: list[str]) -> dict[str, Any]:
         "dtype": model.dtype,
         "guidance": scale(recipe),
         "steps": pairs.steps,
-        "resolution": recipe.data.resolution or distillation.family.resolution,
+        "resolution": list(distillation.family.size),
         "count": pairs.count,
         "shard": pairs.shard,
         "seed": pairs.seed,
@@ -107,9 +107,8 @@ def seed_of_pair(seed: int, index: int) -> int:
 
 def noises(distillation: Distillation, which: range) -> Tensor:
     """The noise [n, ...] of these pairs, on the CPU."""
-    recipe, family = distillation.recipe, distillation.family
-    side = recipe.data.resolution or family.resolution
-    return torch.stack([noise_of(seed_of_pair(recipe.pairs.seed, i), family.latent_shape(side, side)) for i in which])
+    seed, shape = distillation.recipe.pairs.seed, distillation.family.shape
+    return torch.stack([noise_of(seed_of_pair(seed, i), shape) for i in which])
 
 
 @torch.no_grad()

@@ -36,7 +36,14 @@ class Data:
     prompts: Place  # text file with a prompt a line, or stepdistill/tiny
     images: Place | None = None  # folder of pictures with a .txt caption beside each, or stepdistill/tiny
     count: int | None = ranged(None, low=1)  # so many drawings of the embedded world; of files, at most so many
-    resolution: int | None = ranged(None, low=8, high=8192)  # side in pixels; null: the one the network was made for
+    # side, or [height, width], in pixels; null: what the network was made for
+    resolution: int | tuple[int, int] | None = ranged(None, low=8, high=8192)
+    frames: int | None = ranged(None, low=1)  # of videos; null: as many as the pipeline makes by itself
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
 
 
 @dataclass(frozen=True)

@@ -91,5 +91,4 @@ def move(distillation: Distillation, seed: int = 0) -> None:
 
 def noise(distillation: Distillation) -> torch.Tensor:
     """Latents of two samples, the same each time."""
-    side = distillation.recipe.data.resolution or distillation.family.resolution
-    return torch.randn(2, *distillation.family.latent_shape(side, side), generator=torch.Generator().manual_seed(3))
+    return torch.randn(2, *distillation.family.shape, generator=torch.Generator().manual_seed(3))

@@ -12,7 +12,7 @@ from stepdistill.strategies import BOOT
 
 def test_what_is_told(exported_eps):
     told = serving(exported_eps[0])
-    assert (told.pipeline, told.strategy, told.steps, told.resolution) == ("StableDiffusionPipeline", "lcm", 4, 16)
+    assert (told.pipeline, told.strategy, told.steps, told.size) == ("StableDiffusionPipeline", "lcm", 4, (16, 16))
     assert told.arguments == {"num_inference_steps": 4, "guidance_scale": 1.0}
     assert list(told.samplers) == [1, 2, 4, 8]
     assert told.lora["rank"] == told.lora["alpha"] == 4 and told.lora["scale"] == 1

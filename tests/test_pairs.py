@@ -196,9 +196,11 @@ def test_pairs_verb_makes_completes_and_tells_how_to_go_on(recipe_file, tmp_path
 def test_pairs_of_another_resolution_are_refused(made, tmp_path):
     make_pairs(made, tmp_path / "pairs", Line())
     assert build_batches(made.recipe, made.family, pairs=tmp_path / "pairs").shape == (4, 8, 8)
-    larger = changed(made, "data", resolution=32).recipe
-    with pytest.raises(UserError, match=r"shape \[4, 8, 8\], but at 32 pixels they are \[4, 16, 16\]; set data.resolution"):
-        build_batches(larger, made.family, pairs=tmp_path / "pairs")
+    larger = type(made.family)(made.family.pipe, (32, 32))
+    with pytest.raises(
+        UserError, match=r"shape \[4, 8, 8\], but at 32 x 32 pixels they are \[4, 16, 16\]; set data.resolution"
+    ):
+        build_batches(made.recipe, larger, pairs=tmp_path / "pairs")
 
 
 DMD = swapped("name: lcm\n  guidance: [2.0, 6.0]", "name: dmd")

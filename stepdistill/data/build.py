@@ -36,18 +36,19 @@ def build_batches(recipe: Recipe, family: Family, report: Report = quiet, pairs:
         UserError: pairs are missing, damaged, or of another resolution.
     """
     data, train = recipe.data, recipe.train
-    side = data.resolution or family.resolution
-    shape = family.latent_shape(side, side)
+    shape = family.shape
     x0 = noise = None
     if "pairs" in recipe.strategy.needs:
         prompts, noise, x0 = read_pairs(pairs)
         if noise.shape[1:] != shape:
+            height, width = family.size
             raise UserError(
-                f"{pairs} holds latents of shape {list(noise.shape[1:])}, but at {side} pixels they are {list(shape)}; "
-                f"set data.resolution as when the pairs were made, or make others: stepdistill pairs RECIPE --out DIR"
+                f"{pairs} holds latents of shape {list(noise.shape[1:])}, but at {height} x {width} pixels they are "
+                f"{list(shape)}; set data.resolution as when the pairs were made, or make others: "
+                f"stepdistill pairs RECIPE --out DIR"
             )
     elif "x0" in recipe.strategy.needs:
-        prompts, pictures = captioned(data.images, data.count, side)
+        prompts, pictures = captioned(data.images, data.count, family.size)
         x0 = encode_pictures(family, pictures, len(prompts), report)
     else:
         prompts = read_prompts(data.prompts, data.count)
@@ -75,31 +76,32 @@ def read_prompts(source: str, count: int | None = None) -> list[str]:
     return [line.strip() for line in lines if line.strip()][:count]
 
 
-def captioned(source: str, count: int | None, side: int) -> tuple[list[str], Iterator[np.ndarray]]:
-    """Captions, and lazily, in chunks, their pictures uint8 [n, side, side, 3]."""
+def captioned(source: str, count: int | None, size: tuple[int, int]) -> tuple[list[str], Iterator[np.ndarray]]:
+    """Captions, and lazily, in chunks, their pictures uint8 [n, height, width, 3]."""
     if source == EMBEDDED_DATA:
         told = scenes(count or TINY_COUNT, TINY_SEED, "seen")
         chunks = (draw(told[i : i + 64], TINY_SEED * 1_000_000 + i).images for i in range(0, len(told), 64))
-        fitted = (np.stack([fit(Image.fromarray(image), side) for image in images]) for images in chunks)
+        fitted = (np.stack([fit(Image.fromarray(image), size) for image in images]) for images in chunks)
         return [scene.caption for scene in told], fitted
     paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in PICTURES)[:count]
     captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
-    return captions, (np.stack([read_picture(path, side) for path in paths[i : i + 8]]) for i in range(0, len(paths), 8))
+    return captions, (np.stack([read_picture(path, size) for path in paths[i : i + 8]]) for i in range(0, len(paths), 8))
 
 
-def read_picture(path: Path, side: int) -> np.ndarray:
+def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A picture of a file, fitted."""
     with Image.open(path) as picture:
-        return fit(picture.convert("RGB"), side)
+        return fit(picture.convert("RGB"), size)
 
 
-def fit(picture: Image.Image, side: int) -> np.ndarray:
-    """uint8 [side, side, 3]: the shorter edge resized to side (Lanczos), then the centre."""
-    scale = side / min(picture.size)
-    width, height = (max(side, round(edge * scale)) for edge in picture.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    resized = picture if picture.size == (width, height) else picture.resize((width, height), Image.LANCZOS)
-    return np.asarray(resized.crop((left, top, left + side, top + side)))
+def fit(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [height, width, 3]: resized (Lanczos) until it just covers that size, then the centre."""
+    height, width = size
+    scale = max(width / picture.width, height / picture.height)
+    wide, high = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    left, top = (wide - width) // 2, (high - height) // 2
+    resized = picture if picture.size == (wide, high) else picture.resize((wide, high), Image.LANCZOS)
+    return np.asarray(resized.crop((left, top, left + width, top + height)))
 
 
 @torch.no_grad()

@@ -59,8 +59,7 @@ class Samples:
         """Say so if the trained student still predicts exactly what the teacher does."""
         roles = self.distillation.students()
         cond = self.distillation.family.encode_prompts(self.prompts[:1])
-        side = self.distillation.recipe.data.resolution or self.distillation.family.resolution
-        x = torch.ones(1, *self.distillation.family.latent_shape(side, side), device=roles.teacher.net.device)
+        x = torch.ones(1, *self.distillation.family.shape, device=roles.teacher.net.device)
         t = x.new_full([1], 0.5)
         name = next(name for name in roles if name.startswith("student"))
         if step and torch.equal(roles[name](x, t, cond).x0, roles.teacher(x, t, cond).x0):

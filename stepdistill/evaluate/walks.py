@@ -76,8 +76,7 @@ def new_solver(solver: str, distillation: Distillation, steps: int) -> Scheduler
 def sampler(distillation: Distillation, walk: Walk, seed: int = 0, batch: int = 64) -> Sampler:
     """Pictures whose noise depends on seed and on their index alone, whatever the batch."""
     family = distillation.family
-    side = distillation.recipe.data.resolution or family.resolution
-    shape, device = family.latent_shape(side, side), distillation.roles.teacher.net.device
+    shape, device = family.shape, distillation.roles.teacher.net.device
     null = family.null_prompts()
 
     @torch.no_grad()

@@ -25,19 +25,20 @@ class Family(ABC):
     kohya_prefix: ClassVar[str | None] = None  # of modules in kohya's LoRA files; None: the family has no such file
     sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
     guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
-    frames: int | None = None  # of a video, [B, 3, frames, H, W] in pixels; None: pictures
+    frames: int | None = None  # of a video, [B, 3, frames, H, W] in pixels; None: pictures. The default of the pipeline
     passes_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler the sigmas 1 - k/n, unless it is told others
 
-    def __init__(self, pipe: Any, side: int | None = None):
+    def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
         """
         pipe: a loaded pipeline; its network, autoencoder and text encoders are used as they are.
-        side: of the pictures in pixels; None: `resolution`. Some schedulers shift their times by it.
+        size: height and width in pixels; None: `native`. Some schedulers shift their times by it.
+        frames: of a video; None: the pipeline's default.
         """
         self.pipe = pipe
         self.net: nn.Module = getattr(pipe, self.net_name)
         self.arrange()
-        tokens = ((side or self.resolution) // (2 * self.factor)) ** 2  # of SD3 and FLUX: 2 x 2 latents each
-        self.schedule = read_schedule(pipe.scheduler, tokens)
+        self.size, self.frames = size or self.native, frames or self.frames
+        self.schedule = read_schedule(pipe.scheduler, self.tokens)
         self.kind = read_kind(pipe.scheduler)
 
     def arrange(self) -> None:
@@ -75,8 +76,13 @@ class Family(ABC):
         z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return vae.decode(z, return_dict=False)[0].float()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample's latents at `size`."""
+        return self.latent_shape(*self.size)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one sample's latents for a picture of that many pixels."""
+        """Shape of one sample's latents for a picture, or each frame, of that many pixels."""
         return (self.net.config.in_channels, height // self.factor, width // self.factor)
 
     @property
@@ -85,9 +91,21 @@ class Family(ABC):
         return 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
 
     @property
-    def resolution(self) -> int:
-        """Side in pixels that the network was made for."""
-        return self.net.config.sample_size * self.factor
+    def multiple(self) -> int:
+        """What height and width in pixels must be multiples of."""
+        return 2 * self.factor  # transformers here see 2 x 2 latents as one token
+
+    @property
+    def tokens(self) -> int:
+        """What a picture of `size` is to the network: so many tokens."""
+        height, width = self.size
+        return (height // self.multiple) * (width // self.multiple)
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """Height and width in pixels that the network was made for."""
+        side = self.net.config.sample_size * self.factor
+        return side, side
 
     def packed(self, latents: Tensor) -> Tensor:
         """Latents [B, ...] in the shape that the pipeline's own `latents` argument has, their numbers in the same order."""

@@ -64,8 +64,9 @@ class Flux(Family):
         return (height // (2 * self.factor), width // (2 * self.factor), self.net.config.in_channels)
 
     @property
-    def resolution(self) -> int:
-        return self.pipe.default_sample_size * self.factor
+    def native(self) -> tuple[int, int]:
+        side = self.pipe.default_sample_size * self.factor
+        return side, side
 
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.transformer_blocks[-1]  # the last that keeps picture and text apart

@@ -53,15 +53,32 @@ def load_family(
     revision: str | None = None,
     variant: str | None = None,
     device: torch.device | str = "cpu",
-    side: int | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Family:
-    """The family of the pipeline at source, for pictures of that side in pixels (None: the network's own).
+    """The family of the pipeline at source, for pictures of that height and width in pixels, or videos of so many frames
+    (None: the network's own).
 
     Raises:
-        UserError: no family is written for its class.
+        UserError: no family is written for its class, or it cannot make pictures of that size.
     """
     pipe = load_pipeline_folder(source, dtype, revision, variant).to(device)
     name = type(pipe).__name__
     if name not in FAMILIES:
         raise UserError(f"{source}: a {name} is not among the pipelines supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name](pipe, side)
+    family = FAMILIES[name](pipe, size, frames)
+    check_size(family)
+    return family
+
+
+def check_size(family: Family) -> None:
+    """Raises UserError for a size that the autoencoder and the network cannot divide, and for frames of a picture."""
+    (height, width), step = family.size, family.multiple
+    if height % step or width % step:
+        nearest = [max(step, round(edge / step) * step) for edge in family.size]
+        raise UserError(
+            f"data.resolution {height} x {width}: height and width of a {family.pipeline} must be multiples of {step}; "
+            f"the nearest are {nearest}"
+        )
+    if family.frames is not None and type(family).frames is None:
+        raise UserError(f"data.frames {family.frames}: a {family.pipeline} makes pictures; leave it out")

@@ -28,20 +28,20 @@ class SD3(Family):
         *("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"),
     )
 
-    def __init__(self, pipe, side=None):
-        super().__init__(pipe, side)
-        self.tokens = T5_TOKENS
+    def __init__(self, pipe, size=None, frames=None):
+        super().__init__(pipe, size, frames)
+        self.text_tokens = T5_TOKENS
         t5 = pipe.text_encoder_3
         silent = t5 is None or not t5.encoder.final_layer_norm.weight.any()
         if silent and not self.net.config.dual_attention_layers:
-            self.tokens = 1
+            self.text_tokens = 1
             self.net.set_attn_processor(CountedAttention(T5_TOKENS))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        for_t5 = [""] * len(prompts) if self.tokens == 1 else None  # None: the same prompts
+        for_t5 = [""] * len(prompts) if self.text_tokens == 1 else None  # None: the same prompts
         text, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, for_t5, do_classifier_free_guidance=False, max_sequence_length=self.tokens
+            prompts, None, for_t5, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
         )
         return {"text": text, "pooled": pooled}
 

@@ -16,8 +16,8 @@ class SDXL(UNet, Family):
 
     pipeline = "StableDiffusionXLPipeline"
 
-    def __init__(self, pipe: Any, side: int | None = None):
-        super().__init__(pipe, side)
+    def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
+        super().__init__(pipe, size, frames)
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
             pipe.vae.float()  # it overflows, and the pipeline does the same
 

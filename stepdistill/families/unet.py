@@ -17,6 +17,10 @@ class UNet:
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
 
+    @property
+    def multiple(self) -> int:
+        return self.factor
+
     def timestep(self, t: Tensor) -> Tensor:
         return t * (len(self.schedule.theta) - 1)
 

@@ -21,11 +21,11 @@ class Wan(Family):
 
     pipeline = "WanPipeline"
     frames = 81  # 5 seconds
-    resolution = 480
+    native = (480, 832)
     lora_targets = (*Family.lora_targets, "ffn.net.0.proj", "ffn.net.2", "time_proj", "proj_out")
 
-    def __init__(self, pipe: Any, side: int | None = None):
-        super().__init__(pipe, side)
+    def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
+        super().__init__(pipe, size, frames)
         if pipe.config.boundary_ratio is not None:
             self.net = Experts(pipe.transformer, pipe.transformer_2, 1000 * pipe.config.boundary_ratio)
 

@@ -15,7 +15,7 @@ PROMPTS = ["a large red ring", "a small blue bar", "a cross"]
 
 def latents(distillation, walk):
     family = distillation.family
-    shape = family.latent_shape(family.resolution, family.resolution)
+    shape = family.shape
     noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     null = {name: x.expand(3, *x.shape[1:]) for name, x in family.null_prompts().items()}
     return walk(noise, family.encode_prompts(PROMPTS), null, torch.randn_like)

@@ -22,7 +22,7 @@ X, T = torch.randn(3, 4, 4, 16, generator=GENERATOR), torch.tensor([0.1, 0.5, 0.
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def family(request):
-    family = FAMILIES["FluxPipeline"](pipelines.flux(**VARIANTS[request.param]), side=16)
+    family = FAMILIES["FluxPipeline"](pipelines.flux(**VARIANTS[request.param]), size=(16, 16))
     assert isinstance(family, Flux) and family.kind == "flow"
     return family
 
@@ -67,7 +67,7 @@ def test_decode_and_encode_are_the_pipeline_s(family, size, monkeypatch):
     mean = family.pipe.vae.encode(x).latent_dist.mode()
     monkeypatch.setattr(family.pipe.vae, "decode", lambda z, return_dict: (z,))
     assert torch.allclose(family.decode(family.encode(x)), mean, rtol=0, atol=1e-6)
-    assert family.encode(x).shape[1:] == family.latent_shape(*size) and family.resolution == 256
+    assert family.encode(x).shape[1:] == family.latent_shape(*size) and family.native == (256, 256)
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
@@ -75,14 +75,14 @@ def test_schedule_has_the_shift_of_its_resolution(kind):
     """The sampler's own times, at the pictures' size, are the grid of the schedule."""
     pipe = pipelines.flux(time_shift_type=kind)
     _, seen = watch(pipe, PROMPTS[:1], height=32, width=32)
-    schedule = Flux(pipe, side=32).schedule
+    schedule = Flux(pipe, size=(32, 32)).schedule
     for (_, k, _), t in zip(seen, schedule.grid(3)[:0:-1], strict=True):
         assert math.isclose(k.item() / 1000, t, abs_tol=1e-6)
-    assert schedule.shift != Flux(pipe, side=256).schedule.shift == Flux(pipe).schedule.shift
+    assert schedule.shift != Flux(pipe, size=(256, 256)).schedule.shift == Flux(pipe).schedule.shift
 
 
 def test_a_fixed_shift_stays():
-    assert Flux(pipelines.flux(**VARIANTS["schnell"]), side=32).schedule == RectifiedFlow(shift=1.0)
+    assert Flux(pipelines.flux(**VARIANTS["schnell"]), size=(32, 32)).schedule == RectifiedFlow(shift=1.0)
 
 
 def test_features_are_picture_tokens(family):

@@ -75,7 +75,7 @@ def test_encode_takes_the_mean_of_the_posterior(family):
 
 def test_latent_shape_and_resolution_are_the_pipeline_s(family):
     latents, _ = watch(family.pipe, PROMPTS)
-    assert family.resolution == 16 and latents.shape[1:] == family.latent_shape(16, 16)
+    assert family.native == (16, 16) and latents.shape[1:] == family.latent_shape(16, 16)
     latents, _ = watch(family.pipe, PROMPTS[:1], height=32, width=24)
     assert latents.shape[1:] == family.latent_shape(32, 24)
 

@@ -24,7 +24,7 @@ def made(request):
     pipe = pipelines.sd3(**VARIANTS[request.param])
     stock = copy.deepcopy(pipe)
     family = FAMILIES["StableDiffusion3Pipeline"](pipe)
-    assert isinstance(family, SD3) and family.tokens == (1 if request.param == "no_t5" else T5_TOKENS)
+    assert isinstance(family, SD3) and family.text_tokens == (1 if request.param == "no_t5" else T5_TOKENS)
     return family, stock
 
 
@@ -32,7 +32,7 @@ def made(request):
 def test_forward_is_the_pipeline_s_prediction(made, prompts):
     family, stock = made
     cond = family.encode_prompts(prompts)
-    assert cond["text"].shape[:2] == (len(prompts), 77 + family.tokens)
+    assert cond["text"].shape[:2] == (len(prompts), 77 + family.text_tokens)
     _, seen = watch(stock, prompts, guidance_scale=SD3.sampler_guidance)
     for out, k, x in seen:
         got = family.forward(family.net, x, torch.full([len(x)], k.item() / 1000), cond)
@@ -55,7 +55,7 @@ def test_decode_encode_and_shapes_are_the_pipeline_s(made, monkeypatch):
     latents, _ = watch(stock, PROMPTS[:2])
     pixels, _ = watch(stock, PROMPTS[:2], output_type="pt")
     assert torch.allclose((family.decode(latents) / 2 + 0.5).clamp(0, 1), pixels, rtol=0, atol=1e-5)
-    assert family.resolution == 16 and latents.shape[1:] == family.latent_shape(16, 16)
+    assert family.native == (16, 16) and latents.shape[1:] == family.latent_shape(16, 16)
     vae = family.pipe.vae
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     mean = vae.encode(x).latent_dist.mode()
@@ -75,7 +75,7 @@ def test_a_dynamic_shift_is_that_of_the_picture_s_size(side):
     pipe.scheduler = pipelines.diffusers.FlowMatchEulerDiscreteScheduler(**config)
     _, seen = watch(pipe, PROMPTS[:1], height=side, width=side)
     times = torch.tensor([k.item() / 1000 for _, k, _ in seen])
-    own = SD3(pipe, side).schedule.warp(torch.linspace(1, 0.001, 3))  # SD3's sampler steps down to 0.001
+    own = SD3(pipe, (side, side)).schedule.warp(torch.linspace(1, 0.001, 3))  # SD3's sampler steps down to 0.001
     assert torch.allclose(times, own, rtol=0, atol=1e-6)
 
 

@@ -71,7 +71,7 @@ def test_decode_and_encode_are_the_pipeline_s(family):
     assert torch.allclose((family.decode(latents) / 2 + 0.5).clamp(0, 1), pixels, rtol=0, atol=1e-5)
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(family.encode(x), family.pipe.vae.encode(x).latent_dist.mode() * 0.13025)
-    assert family.resolution == 16 and latents.shape[1:] == family.latent_shape(16, 16)
+    assert family.native == (16, 16) and latents.shape[1:] == family.latent_shape(16, 16)
 
 
 def test_a_half_precision_autoencoder_that_overflows_is_float32():

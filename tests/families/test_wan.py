@@ -103,7 +103,7 @@ def test_encode_undoes_decode_in_scale(monkeypatch):
 def test_shapes_and_schedule():
     family = Wan(pipelines.wan(flow_shift=5.0))
     assert family.latent_shape(480, 832) == (16, 21, 60, 104)  # 81 frames, the pipeline's own size
-    assert family.schedule == RectifiedFlow(shift=5.0) and family.resolution == 480
+    assert family.schedule == RectifiedFlow(shift=5.0) and family.native == (480, 832)
 
 
 @pytest.mark.parametrize("t", [HIGH, LOW, BOTH], ids=["high", "low", "both"])
