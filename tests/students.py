@@ -23,10 +23,14 @@ PIPELINES = {
     "eps": lambda: sd("epsilon"),
     "v": lambda: sd("v_prediction"),
     "sdxl": sdxl,
-    "flux": flux,
-    "wan": lambda: wan(boundary_ratio=0.875),
     "flow": lambda: silent_sd3(3.0),
     "shift1": lambda: sd3(with_t5=True, shift=1.0),
+    "dual": lambda: sd3(with_t5=True, dual=(0,)),
+    "flux": flux,
+    "schnell": lambda: flux(guidance_embeds=False, use_dynamic_shifting=False, shift=1.0),
+    "wan": lambda: wan(boundary_ratio=0.875),
+    "wan one": wan,
+    "wan token times": lambda: wan(expand_timesteps=True),
 }
 CASES = {  # of exports: teacher, strategy, overrides
     "lcm-eps": ("eps", "{name: lcm}", ["train.ema=0.9"]),
