@@ -113,7 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     takes_recipe(made)
     made.add_argument("--out", type=Path, metavar="DIR", help="otherwise the recipe's pairs.folder, or pairs/NAME")
 
-    made = verb("validate", validate, "Check a recipe and what it names.", "stepdistill validate my.yaml lora.rank=32")
+    made = verb(
+        "validate",
+        validate,
+        "Check a recipe, and what it names as far as that is there.",
+        "stepdistill validate my.yaml lora.rank=32",
+    )
     takes_recipe(made)
 
     made = verb("ls", ls, "List what there is.", "stepdistill ls recipes", "stepdistill ls strategies")
@@ -203,7 +208,7 @@ def pairs(args) -> None:
 def validate(args) -> None:
     from .recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides, there=False)
     print(f"{args.recipe}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
 
 

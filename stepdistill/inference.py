@@ -20,7 +20,7 @@ import torch
 
 from . import __version__
 from .assemble import Distillation
-from .data.build import read_prompts
+from .data.prompts import read_prompts
 from .errors import UserError
 from .recipe import Recipe, dump_recipe, strategy_name
 from .samplers import Sampler, find_sampler

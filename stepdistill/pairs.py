@@ -17,8 +17,9 @@ from torch import Tensor
 from . import distributed
 from .assemble import Distillation, assemble
 from .batch import seed_of
-from .data.build import encode_texts, read_prompts
+from .data.build import encode_texts
 from .data.pairs import begin, noise_of, write_shard
+from .data.prompts import read_prompts
 from .errors import UserError
 from .recipe import Recipe, strategy_name
 from .sampling import Inference, sample, trailing

@@ -32,11 +32,14 @@ class RecipeError(UserError):
         super().__init__("\n".join(self.problems))
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), data: bool = True, pairs: bool = True) -> Recipe:
+def load_recipe(
+    path_or_name: str | Path, overrides: Sequence[str] = (), data: bool = True, pairs: bool = True, there: bool = True
+) -> Recipe:
     """The recipe in a file, or the shipped one of that name, with `dotted.key=value` overrides, checked throughout.
 
     data: whether its prompts, pictures and pairs must be there too; sampling a finished run does without them.
     pairs: whether the folder of pairs that it names must be complete; it is not before they are made.
+    there: whether all that it names must exist; if not, what does not is checked for its form alone.
 
     Raises:
         UserError: there is no such recipe.
@@ -55,7 +58,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), data: b
     strategy = parts["strategy"]
     absent = tuple(key for key, there in {"data.": data, "pairs.": data and pairs}.items() if not there)
     values = {key: value for key, value in draft.values.items() if not key.startswith(absent)}
-    for keys, message in check(values, strategy, strategy and strategy_name(strategy), FAMILIES):
+    for keys, message in check(values, strategy, strategy and strategy_name(strategy), FAMILIES, there):
         draft.blame(keys, message)
     if draft.problems:
         raise RecipeError([text for _, text in sorted(draft.problems, key=lambda problem: problem[0])])

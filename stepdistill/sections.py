@@ -33,9 +33,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Data:
-    prompts: Place  # text file with a prompt a line, or stepdistill/tiny
+    # a prompt a line (.txt), or in a column prompt, caption or text (.jsonl, .csv, .parquet); stepdistill/prompts has some
+    # thousands of all kinds, stepdistill/tiny the captions of the embedded world
+    prompts: Place
     images: Place | None = None  # folder of pictures with a .txt caption beside each, or stepdistill/tiny
-    count: int | None = ranged(None, low=1)  # so many drawings of the embedded world; of files, at most so many
+    count: int | None = ranged(None, low=1)  # so many prompts or pictures of what the package has; of files, at most so many
     # side, or [height, width], in pixels; null: what the network was made for
     resolution: int | tuple[int, int] | None = ranged(None, low=8, high=8192)
     frames: int | None = ranged(None, low=1)  # of videos; null: as many as the pipeline makes by itself
@@ -114,20 +116,21 @@ SECTIONS = {"model": Model, "lora": Lora, "data": Data, "pairs": Pairs, "optim":
 
 
 def check(
-    values: Mapping[str, Any], strategy: Any, strategy_name: str, families: Collection[str]
+    values: Mapping[str, Any], strategy: Any, strategy_name: str, families: Collection[str], there: bool = True
 ) -> Iterator[tuple[Keys, str]]:
     """What is wrong between fields, and with the sources they name.
 
     values: by dotted key; of those that are wrong in themselves, and so left out, nothing is said.
     strategy: the instance, or None if it could not be made. families: the pipeline classes that can be distilled.
+    there: whether models and data on this disk must exist already; if not, only their form is checked.
     """
     if "model.source" in values:
-        for message in check_model(values["model.source"], values.get("model.variant"), families):
+        for message in check_model(values["model.source"], values.get("model.variant"), families, there):
             yield ("model", "source"), message
     if "data.prompts" in values:
-        yield from ((("data", "prompts"), message) for message in check_prompts(values["data.prompts"]))
+        yield from ((("data", "prompts"), message) for message in check_prompts(values["data.prompts"], there))
     if values.get("data.images") is not None:
-        yield from ((("data", "images"), message) for message in check_images(values["data.images"]))
+        yield from ((("data", "images"), message) for message in check_images(values["data.images"], there))
     if strategy:
         for message in strategy.check():  # "field: what is wrong" or just what is wrong
             name, _, rest = message.partition(": ")
@@ -142,7 +145,7 @@ def check(
             yield ("data", "images"), f"null, but strategy {strategy_name} learns from pictures; {remedy}"
         if "pairs" in strategy.needs and values.get("pairs.folder") is not None:
             model = {key: values.get(f"model.{key}") for key in ("source", "revision", "variant")}
-            yield from ((("pairs", "folder"), message) for message in check_pairs(values["pairs.folder"], model))
+            yield from ((("pairs", "folder"), message) for message in check_pairs(values["pairs.folder"], model, there))
     told = values.get("strategy.embed_guidance")
     if told is not None and "lora.rank" in values:
         yield ("strategy", "embed_guidance"), f"{told} adds an input, which a LoRA cannot; set lora: null, or this"

@@ -2,24 +2,30 @@
 
 A source is an embedded name (whatever begins with `stepdistill/`), a file or folder, or, for models, a hub id
 (`org/name`), which only diffusers resolves. Nothing here opens weights or pictures, and nothing imports more than the
-standard library.
+standard library. Each check has `there`: whether what is named must exist already; if not, only its form is checked.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 TINY = Path(__file__).parent / "tiny"  # the embedded world: teachers are folders of it
 EMBEDDED = "stepdistill/"
 EMBEDDED_DATA = "stepdistill/tiny"
+EMBEDDED_PROMPTS = "stepdistill/prompts"  # of a grammar of everyday English
+PROMPTS = (".txt", ".jsonl", ".csv", ".parquet")  # files of prompts
+CAPTIONS = ("prompt", "caption", "text")  # keys and columns that hold them
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
 PAIRS = "pairs.json"  # in a folder of teacher pairs: with what settings they were made, and how many
+PYARROW = "Parquet and Arrow files are read by pyarrow, which is not installed: pip install 'stepdistill[data]'"
 PICKLE = (
     "is a pickled weight file, and unpickling runs whatever code it holds; save the model as safetensors "
     "(pipeline.save_pretrained(folder, safe_serialization=True))"
@@ -48,7 +54,7 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def check_model(source: str, variant: str | None = None, families: Collection[str] = ()) -> Iterator[str]:
+def check_model(source: str, variant: str | None = None, families: Collection[str] = (), there: bool = True) -> Iterator[str]:
     """What is wrong with a model source. `families`: the pipeline classes that can be distilled; empty: not checked."""
     if is_hub_id(source):
         return
@@ -60,6 +66,8 @@ def check_model(source: str, variant: str | None = None, families: Collection[st
     elif folder.suffix.lower() in PICKLED and not folder.is_dir():
         yield f"{source} {PICKLE}"
     elif not folder.exists():
+        if not there:
+            return
         near = suggestion(f"{EMBEDDED}{source}", known)
         near = near or "; give a pipeline folder or a hub id org/name"
         yield f"{source} does not exist (seen from {Path.cwd()}){near}"
@@ -99,32 +107,42 @@ def _check_pipeline(folder: Path, source: str, variant: str | None, families: Co
             yield f"{source}/{part} has no weights of the variant {variant}, only {have}; leave model.variant out"
 
 
-def check_prompts(source: str) -> Iterator[str]:
-    """What is wrong with a prompt source: the embedded world or a text file with a prompt a line."""
-    if source == EMBEDDED_DATA:
+def check_prompts(source: str, there: bool = True) -> Iterator[str]:
+    """What is wrong with a prompt source: a file, the grammar's prompts, or the embedded world."""
+    path, kinds, known = Path(source), f"a file of prompts ({', '.join(PROMPTS)})", (EMBEDDED_PROMPTS, EMBEDDED_DATA)
+    if source in known:
         return
-    path = Path(source)
-    if not path.exists():
-        yield _missing(source, "a text file with one prompt a line")
-    elif not path.is_file():
-        yield f"{source} is a folder; give a text file with one prompt a line, or {EMBEDDED_DATA}"
-    else:
+    if source.startswith(EMBEDDED):
+        near = suggestion(source, known) or f"; there are {' and '.join(known)}"
+        yield f"{source} is no source of prompts{near}"
+    elif path.is_dir():
+        yield f"{source} is a folder; give {kinds}, or {EMBEDDED_PROMPTS}"
+    elif path.suffix.lower() not in PROMPTS:
+        yield f"{source} is not {kinds}; name one, or {EMBEDDED_PROMPTS}"
+    elif there and not path.exists():
+        yield _missing(source, kinds, EMBEDDED_PROMPTS)
+    elif path.exists() and path.suffix.lower() == ".parquet":
+        if importlib.util.find_spec("pyarrow") is None:
+            yield f"{source}: {PYARROW}"
+    elif path.exists():
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as file:
+                empty = not any(line.strip() for line in islice(file, 1000))
         except UnicodeDecodeError:
-            yield f"{source} is not text in UTF-8; give a text file with one prompt a line"
+            yield f"{source} is not text in UTF-8; give {kinds}"
             return
-        if not text.strip():
+        if empty:
             yield f"{source} is empty; write one prompt a line"
 
 
-def check_images(source: str) -> Iterator[str]:
+def check_images(source: str, there: bool = True) -> Iterator[str]:
     """What is wrong with a picture source: the embedded world or a folder of captioned pictures."""
     if source == EMBEDDED_DATA:
         return
     folder = Path(source)
     if not folder.is_dir():
-        yield _missing(source, "a folder of pictures with a .txt caption beside each")
+        if there:
+            yield _missing(source, "a folder of pictures with a .txt caption beside each", EMBEDDED_DATA)
         return
     pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not pictures:
@@ -139,11 +157,12 @@ def check_images(source: str) -> Iterator[str]:
         )
 
 
-def check_pairs(source: str, model: Mapping[str, str | None]) -> Iterator[str]:
+def check_pairs(source: str, model: Mapping[str, str | None], there: bool = True) -> Iterator[str]:
     """What is wrong with a folder of teacher pairs. model: whose they must be, its source, revision and variant."""
     folder, make = Path(source), "stepdistill pairs RECIPE"
     if not (folder / PAIRS).is_file():
-        yield f"{source} holds no teacher pairs: it has no {PAIRS} (seen from {Path.cwd()}); make them: {make}"
+        if there:
+            yield f"{source} holds no teacher pairs: it has no {PAIRS} (seen from {Path.cwd()}); make them: {make}"
         return
     try:
         made = json.loads((folder / PAIRS).read_text(encoding="utf-8"))
@@ -155,7 +174,7 @@ def check_pairs(source: str, model: Mapping[str, str | None]) -> Iterator[str]:
     wanted = {**model, "source": identity(model["source"] or "")}
     if other := [f"{key} {theirs[key]}, not {wanted[key]}" for key in model if theirs[key] != wanted[key]]:
         yield f"{source} holds pairs of another teacher ({', '.join(other)}); make this one's: {make} --out DIR"
-    if missing:
+    if missing and there:
         yield f"{source} lacks {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}; complete it: {make}"
 
 
@@ -169,7 +188,7 @@ def has_text(path: Path) -> bool:
     return path.is_file() and bool(path.read_bytes().strip())
 
 
-def _missing(source: str, wanted: str) -> str:
-    """The message for data that is not there."""
-    near = suggestion(source, [EMBEDDED_DATA])
-    return f"{source} does not exist (seen from {Path.cwd()}){near or f'; give {wanted}, or {EMBEDDED_DATA}'}"
+def _missing(source: str, wanted: str, embedded: str) -> str:
+    """The message for data that is not there; embedded: what the package has instead."""
+    near = suggestion(source, [embedded])
+    return f"{source} does not exist (seen from {Path.cwd()}){near or f'; give {wanted}, or {embedded}'}"

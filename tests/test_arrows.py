@@ -33,6 +33,7 @@ DOORS = {  # third-party package: the rooms that may import it
     "triton": set(),  # kernels/ only
     "open_clip": {"evaluate"},
     "lpips": {"perceptual"},
+    "pyarrow": {"data.tables"},
     "torch_fidelity": {"evaluate"},
     "torchmetrics": {"evaluate"},
 }

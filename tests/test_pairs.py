@@ -182,12 +182,13 @@ def test_pairs_verb_makes_completes_and_tells_how_to_go_on(recipe_file, tmp_path
     with monkeypatch.context() as stopped:
         stopped.setattr("stepdistill.pairs.Line", lambda: Interrupting(after=4))
         assert main(["pairs", file, "--out", "mine"]) == 130
-    assert main(["validate", file, "pairs.folder=mine"]) == 2
+    assert main(["validate", file, "pairs.folder=mine"]) == 0  # only the form
+    assert main(["train", file, "pairs.folder=mine", "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert "pairs.folder: mine lacks pairs-00001.safetensors and 1 more; complete it: stepdistill pairs RECIPE" in said
     assert main(["pairs", file, "pairs.folder=mine"]) == 0  # though the recipe names what is not complete
     assert capsys.readouterr().out == f"mine is complete; then: stepdistill train {file} pairs.folder=mine\n"
-    assert main(["validate", file, "pairs.folder=mine"]) == 0
+    assert main(["train", file, "pairs.folder=mine", "--dry-run"]) == 0
     assert main(["pairs", file]) == 0 and files(tmp_path / "pairs" / "tiny") == files(tmp_path / "mine")
     assert main(["pairs", file, "strategy={name: vsd}"]) == 2
     assert "strategy vsd needs no pairs" in capsys.readouterr().err

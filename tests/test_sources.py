@@ -1,9 +1,11 @@
 """What a recipe names - model, prompts, pictures - is refused before any work if it cannot serve."""
 
+import sys
+
 import pytest
 from written import only, problems, swapped, write
 
-from stepdistill.recipe import load_recipe
+from stepdistill.recipe import RecipeError, load_recipe
 
 
 def test_missing_model(root):
@@ -56,10 +58,39 @@ def test_prompts(root):
     assert only(write(root)) == f"{root}/my.yaml:9  data.prompts: {prompts} is empty; write one prompt a line"
     prompts.write_bytes(b"\xff\xfe\xff")
     assert "is not text in UTF-8" in only(write(root))
+    (root / "prompts.xlsx").write_bytes(b"sheet")
+    assert "is not a file of prompts (.txt, .jsonl, .csv, .parquet)" in only(
+        write(root, swapped("prompts.txt", "prompts.xlsx"))
+    )
     prompts.unlink()
     assert "does not exist" in only(write(root))
     prompts.mkdir()
     assert "is a folder" in only(write(root))
+
+
+def test_prompts_of_the_package(root):
+    assert load_recipe(write(root), ["data.prompts=stepdistill/prompts"]).data.prompts == "stepdistill/prompts"
+    assert "is no source of prompts; did you mean 'stepdistill/prompts'?" in only(
+        write(root), "data.prompts=stepdistill/promts"
+    )
+
+
+def test_parquet_wants_pyarrow(root, monkeypatch):
+    (root / "some.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "not installed: pip install 'stepdistill[data]'" in only(write(root), f"data.prompts={root}/some.parquet")
+
+
+@pytest.mark.parametrize("key", ["model.source", "data.prompts", "data.images", "pairs.folder"])
+def test_what_is_not_there_yet_is_checked_for_its_form_alone(root, key):
+    absent = f"{key}={root}/absent.txt"
+    strategy = ["strategy={name: dmd}"] if key.startswith("pairs") else []
+    section, name = key.split(".")
+    recipe = load_recipe(write(root), [absent, *strategy], there=False)
+    assert getattr(getattr(recipe, section), name) == f"{root}/absent.txt"
+    assert key in only(write(root), absent, *strategy)
+    with pytest.raises(RecipeError, match="is no embedded model"):
+        load_recipe(write(root), ["model.source=stepdistill/none"], there=False)
 
 
 def test_pictures(root):

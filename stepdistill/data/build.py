@@ -18,8 +18,8 @@ from ..sources import EMBEDDED_DATA, PICTURES
 from ..tiny.world import draw, scenes
 from .batches import Batches
 from .pairs import read_pairs
+from .prompts import TINY_COUNT, TINY_SEED, read_prompts
 
-TINY_COUNT, TINY_SEED = 4096, 31  # drawings of the embedded world that students train on, unless data.count says else
 Report = Callable[[str, int, int], None]  # what, done, of how many
 
 
@@ -66,14 +66,6 @@ def build_batches(recipe: Recipe, family: Family, report: Report = quiet, pairs:
         world=distributed.world(),
         device=distributed.device(),
     )
-
-
-def read_prompts(source: str, count: int | None = None) -> list[str]:
-    """Prompts of a text file, one a line, or captions of the embedded world that its teachers saw."""
-    if source == EMBEDDED_DATA:
-        return [scene.caption for scene in scenes(count or TINY_COUNT, TINY_SEED, "seen")]
-    lines = Path(source).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()][:count]
 
 
 def captioned(source: str, count: int | None, size: tuple[int, int]) -> tuple[list[str], Iterator[np.ndarray]]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..assemble import Distillation
-from ..data.build import read_prompts
+from ..data.prompts import read_prompts
 from ..sampling import Inference, trailing
 from ..show import Line
 from .walks import Walk, sampler, student_walk

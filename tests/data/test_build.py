@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.data.build import captioned, encode_pictures, encode_texts, fit, quiet, read_prompts
-from stepdistill.tiny.world import Scene
+from stepdistill.data.build import captioned, encode_pictures, encode_texts, fit, quiet
 
 
 class Family:
@@ -21,18 +20,6 @@ class Family:
 
     def encode(self, images):
         return images.mean((2, 3))
-
-
-def test_prompts_of_a_file_without_blank_lines(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("one\n\n  two  \nthree\n")
-    assert read_prompts(str(file)) == ["one", "two", "three"]
-    assert read_prompts(str(file), 2) == ["one", "two"]
-
-
-def test_prompts_of_the_embedded_world_are_ones_its_teachers_saw():
-    told = [Scene.parse(prompt) for prompt in read_prompts("stepdistill/tiny", 200)]
-    assert len(told) == 200 and not any(scene.held_out for scene in told)
 
 
 def test_captioned_pictures_of_a_folder(tmp_path):

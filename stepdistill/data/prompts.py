@@ -1,0 +1,88 @@
+"""Prompts from files, from the grammar, or from the embedded world; none is read beyond those that are asked for."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..sources import CAPTIONS, EMBEDDED_DATA, EMBEDDED_PROMPTS
+from ..tiny.world import scenes
+from .grammar import sentences
+from .tables import column
+
+TINY_COUNT, TINY_SEED = 4096, 31  # drawings of the embedded world that students train on, unless data.count says else
+GRAMMAR_COUNT = 2048  # prompts of the grammar, unless data.count says else
+
+
+def read_prompts(source: str, count: int | None = None) -> list[str]:
+    """The first `count` prompts (None: all; of what has no end, a few thousand); empty ones are left out.
+
+    Raises:
+        UserError: a file of prompts cannot be read, or holds none.
+    """
+    if source == EMBEDDED_DATA:
+        return [scene.caption for scene in scenes(count or TINY_COUNT, TINY_SEED, "seen")]
+    if source == EMBEDDED_PROMPTS:
+        return list(islice(sentences(), count or GRAMMAR_COUNT))
+    path = Path(source)
+    lines = FILES.get(path.suffix.lower(), text_lines)(path)
+    try:
+        prompts = list(islice(filter(None, map(str.strip, lines)), count))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a file of prompts in UTF-8") from None
+    if not prompts:
+        raise UserError(f"{path} holds no prompt; write one prompt a line, or in its column {' or '.join(CAPTIONS)}")
+    return prompts
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """A prompt a line."""
+    with path.open(encoding="utf-8-sig") as file:
+        yield from file
+
+
+def json_lines(path: Path) -> Iterator[str]:
+    """A JSON object a line."""
+    with path.open(encoding="utf-8-sig") as file:
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield caption_of(json.loads(line))
+                except (ValueError, TypeError):
+                    raise UserError(f"{path}:{n} {lacking('a JSON object')}") from None
+
+
+def csv_rows(path: Path) -> Iterator[str]:
+    """Comma-separated values whose first line names the columns."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for row in (rows := csv.DictReader(file)):
+            try:
+                yield caption_of(row)
+            except (ValueError, TypeError):
+                raise UserError(f"{path}:{rows.line_num} {lacking('a row')}") from None
+
+
+def caption_of(row: dict[str, Any]) -> str:
+    """What a row says: the first of the columns that hold captions.
+
+    Raises:
+        ValueError, TypeError: it has none, or it is no text.
+    """
+    for name in CAPTIONS:
+        if name in row:
+            if not isinstance(row[name], str):
+                raise TypeError(name)
+            return row[name]
+    raise ValueError("no caption")
+
+
+def lacking(what: str) -> str:
+    return f"is not {what} with a text under {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; mend or remove it"
+
+
+FILES: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": json_lines, ".csv": csv_rows, ".parquet": column}
