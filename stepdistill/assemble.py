@@ -15,6 +15,7 @@ from .errors import UserError
 from .families.base import Family
 from .families.load import load_family
 from .fields import numbers
+from .lora_sources import find_lora
 from .recipe import Recipe, load_recipe
 from .roles import Roles, build_roles
 from .sampling import Inference
@@ -91,12 +92,14 @@ def assemble(recipe: Recipe) -> Distillation:
     """Load the pipeline and make the roles that the strategy wants, all equal to the teacher.
 
     Raises:
-        UserError: no family is written for the pipeline, or its teacher cannot be guided as the strategy wants.
+        UserError: no family is written for the pipeline, its teacher cannot be guided as the strategy wants, or a LoRA of
+            the recipe is not of it.
     """
     where = distributed.device()
     model, train = recipe.model, recipe.train
     dtype, data = getattr(torch, model.dtype), recipe.data
-    family = load_family(model.source, dtype, model.revision, model.variant, where, data.size, data.frames)
+    loras = [find_lora(lora) for lora in model.loras]
+    family = load_family(model.source, dtype, model.revision, model.variant, where, data.size, data.frames, loras)
     strategy = recipe.strategy
     check_guidance(family, recipe)
     averaged = [name for name in trained(strategy) if train.ema is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .inference import WHOLE, Serving
+from .lora_sources import LoraSource
 
 FIGURES = ("who", "steps", "nfe", "guidance", "solver", "n", "fd", "fd_low", "fd_high", "alignment", "diversity", "ms")
 
@@ -69,6 +70,8 @@ def snippet(told: Serving) -> str:
         'here = "."  # the folder of this card' + (", or its name on the Hub" if form not in WHOLE else ""),
         f"pipe = {told.pipeline}.from_pretrained({source}, dtype=torch.{told.dtype})",
     ]
+    if form not in WHOLE:
+        lines += [line for lora in told.loras for line in below(lora)]
     if form not in WHOLE and len(files) == 1:
         lines.append(f'pipe.load_lora_weights(here, weight_name="{files[0]}")')
     lines += [
@@ -85,6 +88,16 @@ def snippet(told: Serving) -> str:
         'image.save("picture.png")',
     ]
     return "\n".join(lines)
+
+
+def below(lora: LoraSource) -> list[str]:
+    """Lines that fuse a LoRA which the student was distilled over."""
+    source = f"{json.dumps(lora.place)}, weight_name={json.dumps(lora.file)}"
+    return [
+        f"pipe.load_lora_weights({source})  # what it was distilled over",
+        f"pipe.fuse_lora(lora_scale={lora.scale:g})",
+        "pipe.unload_lora_weights()",
+    ]
 
 
 def another_time(told: Serving) -> list[str]:

@@ -28,8 +28,10 @@ from .card import card, newest_grid
 from .checkpoint import sync
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
+from .families.loras import fuse_loras
 from .inference import SIDECAR, Serving, read_export, serving
-from .lora_files import NAME, kohya_header, kohya_state, peft_state
+from .lora_files import kohya_header, kohya_state, peft_state
+from .lora_sources import NAME
 from .sampling import sample
 from .serve import open_export
 
@@ -139,6 +141,7 @@ def write_kohya(distillation: Distillation, told: Serving, student: str, file: P
 def write_fused(distillation: Distillation, told: Serving, student: str, folder: Path) -> None:
     with quiet():
         pipe = load_pipeline_folder(told.model, getattr(torch, told.dtype), told.revision, told.variant)
+        fuse_loras(pipe, told.loras)
         pipe.load_lora_weights(lora_state(distillation, student))
         pipe.fuse_lora(components=[distillation.family.net_name])
         pipe.unload_lora_weights()

@@ -22,6 +22,7 @@ from . import __version__
 from .assemble import Distillation
 from .data.prompts import read_prompts
 from .errors import UserError
+from .lora_sources import LoraSource, find_lora
 from .recipe import Recipe, dump_recipe, strategy_name
 from .samplers import Sampler, find_sampler
 from .sources import embedded_models
@@ -54,6 +55,7 @@ class Serving:
     prompts: tuple[str, ...]  # examples
     versions: dict[str, str]
     recipe_hash: str
+    loras: tuple[LoraSource, ...] = ()  # what lies between the model and the student
     negative_prompt_supported: bool = False  # without classifier-free guidance nothing reads it
     files: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # format -> names in the export, one a student
 
@@ -108,9 +110,9 @@ class Serving:
                 int(n): Sampler(**sampler | {"students": tuple(sampler["students"])}) for n, sampler in tree["samplers"].items()
             }
             files = {form: tuple(names) for form, names in tree["files"].items()}
-            return cls(
-                **tree | {"prompts": tuple(tree["prompts"]), "size": tuple(tree["size"]), "samplers": samplers, "files": files}
-            )
+            tree |= {key: tuple(tree[key]) for key in ("prompts", "size")}
+            loras = tuple(LoraSource(**lora) for lora in tree.get("loras", ()))
+            return cls(**tree | {"samplers": samplers, "files": files, "loras": loras})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise UserError(f"{SIDECAR} cannot be read ({error!r}); export the run again") from None
 
@@ -168,6 +170,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         prompts=tuple((recipe.eval.prompts or read_prompts(recipe.data.prompts, 2))[:2]),
         versions={"stepdistill": __version__} | {name: metadata.version(name) for name in packages},
         recipe_hash=recipe_hash(recipe),
+        loras=tuple(find_lora(lora) for lora in recipe.model.loras),
     )
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .inference import Serving
 
-NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights(folder) looks for
 BASES = {  # by width of their text, as ModelSpec and sd-scripts call them
     768: ("stable-diffusion-v1", "sd_v1"),
     1024: ("stable-diffusion-v2-512", "sd_v2"),

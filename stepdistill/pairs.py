@@ -21,6 +21,7 @@ from .data.build import encode_texts
 from .data.pairs import begin, noise_of, write_shard
 from .data.prompts import read_prompts
 from .errors import UserError
+from .lora_sources import identities
 from .recipe import Recipe, strategy_name
 from .sampling import Inference, sample, trailing
 from .show import Line, clock
@@ -81,7 +82,8 @@ def make_pairs(distillation: Distillation, folder: Path, line: Line) -> None:
 def settings(distillation: Distillation, prompts: list[str]) -> dict[str, Any]:
     """All that decides what the pairs are; prompts: one for each."""
     recipe, model, pairs = distillation.recipe, distillation.recipe.model, distillation.recipe.pairs
-    return {
+    loras = {"loras": identities(model.loras)} if model.loras else {}
+    return loras | {
         "source": identity(model.source),
         "revision": model.revision,
         "variant": model.variant,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .fields import Place, fields_of, ranged
+from .lora_sources import check_lora, identities
 from .schedules import RectifiedFlow
 from .sources import check_images, check_model, check_pairs, check_prompts
 
@@ -23,6 +24,8 @@ class Model:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base; what is trained stays float32
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # the fp16 in diffusion_pytorch_model.fp16.safetensors
+    # LoRAs below everything that is trained, files, folders or hub ids, as name or name@0.8
+    loras: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def check(
     if "model.source" in values:
         for message in check_model(values["model.source"], values.get("model.variant"), families, there):
             yield ("model", "source"), message
+    for lora in values.get("model.loras", ()):
+        yield from ((("model", "loras"), message) for message in check_lora(lora))
     if "data.prompts" in values:
         yield from ((("data", "prompts"), message) for message in check_prompts(values["data.prompts"], there))
     if values.get("data.images") is not None:
@@ -145,6 +150,7 @@ def check(
             yield ("data", "images"), f"null, but strategy {strategy_name} learns from pictures; {remedy}"
         if "pairs" in strategy.needs and values.get("pairs.folder") is not None:
             model = {key: values.get(f"model.{key}") for key in ("source", "revision", "variant")}
+            model["loras"] = identities(values.get("model.loras", ()))
             yield from ((("pairs", "folder"), message) for message in check_pairs(values["pairs.folder"], model, there))
     told = values.get("strategy.embed_guidance")
     if told is not None and "lora.rank" in values:

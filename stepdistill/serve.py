@@ -15,6 +15,7 @@ import torch
 from . import distributed
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
+from .families.loras import fuse_loras
 from .inference import WHOLE, Serving, find_export, read_export
 
 
@@ -33,6 +34,7 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
             calls = [network.forward for network in (net, *others)]
         else:
             pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant)
+            fuse_loras(pipe, told.loras)
             for student, file in zip(told.students, files, strict=True):
                 pipe.load_lora_weights(folder, weight_name=file, adapter_name=student if len(files) > 1 else None)
             net = getattr(pipe, told.network)

@@ -157,15 +157,15 @@ def check_images(source: str, there: bool = True) -> Iterator[str]:
         )
 
 
-def check_pairs(source: str, model: Mapping[str, str | None], there: bool = True) -> Iterator[str]:
-    """What is wrong with a folder of teacher pairs. model: whose they must be, its source, revision and variant."""
+def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> Iterator[str]:
+    """What is wrong with a folder of teacher pairs. model: whose they must be, its source, revision, variant and LoRAs."""
     folder, make = Path(source), "stepdistill pairs RECIPE"
     if not (folder / PAIRS).is_file():
         if there:
             yield f"{source} holds no teacher pairs: it has no {PAIRS} (seen from {Path.cwd()}); make them: {make}"
         return
     try:
-        made = json.loads((folder / PAIRS).read_text(encoding="utf-8"))
+        made = {"loras": None} | json.loads((folder / PAIRS).read_text(encoding="utf-8"))
         missing = [name for name in shards(made) if not (folder / name).is_file()]
         theirs = {key: made[key] for key in model}
     except (ValueError, KeyError, TypeError):

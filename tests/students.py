@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from loras import save, style
 from pipelines import flux, sd, sd3, sdxl, wan
 
 from stepdistill.assemble import Distillation, assemble
@@ -37,6 +38,7 @@ CASES = {  # of exports: teacher, strategy, overrides
     "dmd2-v": ("v", "{name: dmd2}", []),
     "ddim-eps": ("eps", "{name: dmd2, renoise: false}", []),
     "lcm-sdxl": ("sdxl", "{name: lcm}", []),
+    "lcm-over-a-style": ("eps", "{name: lcm}", ["model.loras=[STYLE@0.5]"]),
     "lcm-flow": ("flow", "{name: lcm}", []),
     "dmd2-flow-renoising": ("shift1", "{name: dmd2, renoise: true}", []),
     "scm-flow": ("flow", "{name: scm}", []),
@@ -63,11 +65,14 @@ PROMPTS = ["a large red circle", "a small blue star"]
 def student(folder: Path, teacher: str = "eps", *overrides: str, strategy: str = "{name: lcm}") -> Distillation:
     """A run folder with a recipe; returns its distillation, the student moved by noise.
 
-    The teacher is one of PIPELINES, saved beside the run, or an embedded model.
+    The teacher is one of PIPELINES, saved beside the run, or an embedded model. STYLE in an override: a LoRA for "eps".
     """
     model, run = teacher if teacher in embedded_models() else folder / f"model-{teacher}", folder / "run"
     if teacher in PIPELINES and not model.exists():
         PIPELINES[teacher]().save_pretrained(model, safe_serialization=True)
+    if "STYLE" in "".join(overrides):
+        file = save(style(PIPELINES["eps"]().unet), folder / "style.safetensors")
+        overrides = tuple(text.replace("STYLE", str(file)) for text in overrides)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     run.mkdir(exist_ok=True)

@@ -48,18 +48,19 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "meta": {"architectures", "families"},
     "fields": set(),
     "sources": set(),
+    "lora_sources": {"sources"},
     "listing": {"errors", "sources"},
     "doctor": {"sources"},
     "checkpoint": {"errors"},
     "distributed": {"errors"},
-    "sections": {"fields", "schedules", "sources", "errors"},
+    "sections": {"fields", "schedules", "sources", "lora_sources", "errors"},
     "strategy_names": {"errors", "sources", "strategies"},
     "recipe": {"errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
     "roles": NUMBERS | {"errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},
     "perceptual": {"errors"},
     "strategies": MODEL | {"perceptual"},
-    "families": NUMBERS | {"errors", "sources", "fields"},
+    "families": NUMBERS | {"errors", "sources", "lora_sources", "fields"},
 }
 NEVER = {  # room: rooms that it must not import
     "trainer": {"evaluate", "export", "families", "tiny", "cli", "runs"},

@@ -55,7 +55,7 @@ def plain(made, tmp_path_factory):
         job = {
             "model": told.base if told.lora else "pipeline",
             "lora": bool(told.lora),
-            "wrapped": len(told.students) > 1 or told.sampler.told is not None,
+            "wrapped": len(told.students) > 1 or told.sampler.told is not None or told.loras != (),
             "scheduler": told.sampler.scheduler,
             "prompts": PROMPTS,
             "call": told.arguments,

@@ -32,7 +32,7 @@ def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
     if recipe.data.prompts != EMBEDDED_DATA:
         line.say(f"no table: figures are measured on the embedded world (data.prompts: {EMBEDDED_DATA}) only")
         return []
-    rows = shipped(recipe.model.source, recipe.eval.n)
+    rows = None if recipe.model.loras else shipped(recipe.model.source, recipe.eval.n)
     if rows is None:
         line.say("the teacher's figures do not ship for this model: measuring them (25 steps take the most)")
         rows = list(teacher_rows(distillation, teacher_scale(distillation), recipe.eval.n, line))

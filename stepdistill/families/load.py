@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import diffusers.utils.logging
@@ -12,9 +12,11 @@ import transformers.utils.logging
 from diffusers import DiffusionPipeline
 
 from ..errors import UserError
+from ..lora_sources import LoraSource
 from ..sources import embedded_models
 from . import FAMILIES
 from .base import Family
+from .loras import fuse_loras
 
 
 def load_pipeline_folder(
@@ -55,14 +57,18 @@ def load_family(
     device: torch.device | str = "cpu",
     size: tuple[int, int] | None = None,
     frames: int | None = None,
+    loras: Sequence[LoraSource] = (),
 ) -> Family:
     """The family of the pipeline at source, for pictures of that height and width in pixels, or videos of so many frames
-    (None: the network's own).
+    (None: the network's own). loras: fused into its weights.
 
     Raises:
-        UserError: no family is written for its class, or it cannot make pictures of that size.
+        UserError: no family is written for its class, it cannot make pictures of that size, or a LoRA is not of it.
     """
-    pipe = load_pipeline_folder(source, dtype, revision, variant).to(device)
+    pipe = load_pipeline_folder(source, dtype, revision, variant)
+    with quiet():
+        fuse_loras(pipe, loras)
+    pipe.to(device)
     name = type(pipe).__name__
     if name not in FAMILIES:
         raise UserError(f"{source}: a {name} is not among the pipelines supported: {', '.join(sorted(FAMILIES))}")

@@ -1,0 +1,70 @@
+"""LoRAs that people have, on stock pipelines: loaded whole or refused, and fused below all that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import safetensors
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..lora_sources import LoraSource
+
+PROBE = "user"  # name of an adapter while it is being fused
+
+
+def fuse_loras(pipe: Any, loras: Sequence[LoraSource]) -> None:
+    """Add LoRAs to the weights of a stock pipeline, each at its scale, one after the other.
+
+    Raises:
+        UserError: one that cannot be read, that is of another architecture, or of which a part finds no place.
+    """
+    for lora in loras:
+        parts = load_whole(pipe, lora)
+        pipe.fuse_lora(components=parts, lora_scale=lora.scale)
+        pipe.unload_lora_weights()
+
+
+def load_whole(pipe: Any, lora: LoraSource, adapter: str = PROBE) -> list[str]:
+    """pipe.load_lora_weights, which may leave out layers without a word, or raise what only its authors understand.
+
+    Returns the parts of the pipeline, by name, that wear it.
+
+    Raises:
+        UserError: see `fuse_loras`.
+    """
+    kind = type(pipe).__name__
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"{lora}: diffusers' {kind} loads no LoRAs; leave model.loras out, or give a model it is fused into")
+    try:
+        state = read_lora(pipe, lora)
+        pipe.load_lora_weights(lora.place, weight_name=lora.file, adapter_name=adapter, use_safetensors=True)
+    except (ValueError, RuntimeError, KeyError, AssertionError, OSError, safetensors.SafetensorError) as error:
+        why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(f"{lora} is no LoRA of this {kind} ({why[:300]}); give one made for this architecture") from None
+    worn = {name: adapted(part, adapter) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    found, layers = sum(map(len, worn.values())), layers_of(state)
+    if not found or found != len(layers):
+        left = [layer for layer in layers if not any(layer.endswith(name) for names in worn.values() for name in names)]
+        lost = f"{len(layers) - found} of its {len(layers)} layers fit nothing, the first is {(left or layers or ['?'])[0]}"
+        raise UserError(f"{lora} is no LoRA of this {kind}: {lost}; give one made for this architecture")
+    return [name for name, layers in worn.items() if layers]
+
+
+def read_lora(pipe: Any, lora: LoraSource) -> dict[str, Tensor]:
+    """The tensors of a LoRA file under the names that diffusers gives them."""
+    config = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}  # sd-scripts numbers SDXL's blocks otherwise
+    read = pipe.lora_state_dict(lora.place, weight_name=lora.file, use_safetensors=True, **config)
+    return read[0] if isinstance(read, tuple) else read
+
+
+def layers_of(state: dict[str, Tensor]) -> list[str]:
+    """The layers that a LoRA's tensors are of, by the first of each layer's two tensors, in any of diffusers' spellings."""
+    ends = (".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_down.weight")
+    return [key.removesuffix(end) for key in state for end in ends[:] if key.endswith(end)]
+
+
+def adapted(part: nn.Module, adapter: str) -> list[str]:
+    """The layers of a part that wear an adapter."""
+    return [name for name, module in part.named_modules() if adapter in getattr(module, "lora_A", ())]
