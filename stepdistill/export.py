@@ -23,14 +23,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .assemble import Distillation, restore
+from .assemble import Distillation, restore, trained
 from .card import card, newest_grid
 from .checkpoint import sync
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
 from .families.loras import fuse_loras
 from .inference import SIDECAR, Serving, read_export, serving
-from .lora_files import kohya_header, kohya_state, peft_state
+from .kohya import kohya_state
+from .lora_files import kohya_header, peft_state
 from .lora_sources import NAME
 from .sampling import sample
 from .serve import open_export
@@ -115,7 +116,7 @@ def names(distillation: Distillation, told: Serving, formats: Sequence[str] | No
         "kohya": tuple(f"{recipe.name}{'' if alone else f'_{student}'}_kohya.safetensors" for student in students),
         "fused": ("fused",),
     }
-    lacks = {} if family.kohya_prefix else {"kohya": f"{family.pipeline} has no kohya file"}
+    lacks = {"kohya": why} if (why := family.kohya_lack() or no_place(distillation)) else {}
     if told.sampler.told is not None:
         lacks["kohya"] = "no program that reads kohya files tells a network another time than its sampler's"
     lacks |= {} if alone else {"fused": f"one fused network cannot hold {len(students)} students"}
@@ -133,9 +134,30 @@ def write_lora(distillation: Distillation, told: Serving, student: str, file: Pa
 
 
 def write_kohya(distillation: Distillation, told: Serving, student: str, file: Path) -> None:
-    family = distillation.family
-    state = kohya_state(distillation.students()[student].named_parameters(), family.kohya_prefix, told.lora["alpha"])
-    save_file(state, file, kohya_header(state, told, family.net.config.cross_attention_dim, family.kind))
+    family, config = distillation.family, distillation.family.net.config
+    state = kohya_weights(distillation, student)
+    text = config.get("cross_attention_dim") or (config.joint_attention_dim if config.guidance_embeds else 0)
+    save_file(state, file, kohya_header(state, told, text, family.kind))
+
+
+def kohya_weights(distillation: Distillation, student: str) -> dict[str, Tensor]:
+    """A student's LoRA (of its average, if it has one), as kohya's files name and join it.
+
+    Raises:
+        ValueError: they have no place for some layers.
+    """
+    family, weights = distillation.family, distillation.students()[student].named_parameters()
+    outputs = {name: layer.out_features for name, layer in family.net.named_modules() if hasattr(layer, "out_features")}
+    return kohya_state(weights, family.kohya_prefix, distillation.recipe.lora.rank, family.kohya_layers, outputs)
+
+
+def no_place(distillation: Distillation) -> str:
+    """What kohya's files cannot hold of this family's LoRA, in words; nothing if they hold all of it."""
+    try:
+        kohya_weights(distillation, trained(distillation.strategy)[0])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def write_fused(distillation: Distillation, told: Serving, student: str, folder: Path) -> None:

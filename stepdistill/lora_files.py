@@ -21,6 +21,7 @@ BASES = {  # by width of their text, as ModelSpec and sd-scripts call them
     768: ("stable-diffusion-v1", "sd_v1"),
     1024: ("stable-diffusion-v2-512", "sd_v2"),
     2048: ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    4096: ("flux-1-dev", "flux1"),
 }
 
 
@@ -30,18 +31,6 @@ def peft_state(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     weights: by name in the network, as `Denoiser.named_parameters` gives them.
     """
     return {f"{prefix}.{name}": x.detach().to("cpu", torch.float32).contiguous() for name, x in weights.items()}
-
-
-def kohya_state(weights: Mapping[str, Tensor], prefix: str, alpha: float) -> dict[str, Tensor]:
-    """`<prefix><module with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`; convolutions stay 4-D."""
-    state = {}
-    for name, x in weights.items():
-        module, which = name.removesuffix(".weight").rsplit(".", 1)
-        key = prefix + module.replace(".", "_")
-        word = {"lora_A": "lora_down", "lora_B": "lora_up"}[which]
-        state[f"{key}.{word}.weight"] = x.detach().to("cpu", torch.float32).contiguous()
-        state[f"{key}.alpha"] = torch.tensor(float(alpha))
-    return state
 
 
 def kohya_header(state: Mapping[str, Tensor], told: Serving, text_width: int, kind: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from . import distributed
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
-from .families.loras import fuse_loras
+from .families.loras import fuse_loras, load_kohya
 from .inference import WHOLE, Serving, find_export, read_export
 
 
@@ -36,7 +36,8 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
             pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant)
             fuse_loras(pipe, told.loras)
             for student, file in zip(told.students, files, strict=True):
-                pipe.load_lora_weights(folder, weight_name=file, adapter_name=student if len(files) > 1 else None)
+                load = load_kohya if form == "kohya" else type(pipe).load_lora_weights
+                load(pipe, folder, weight_name=file, adapter_name=student if len(files) > 1 else None)
             net = getattr(pipe, told.network)
             calls = [with_adapter(pipe, student, net.forward) for student in told.students]
         if len(files) > 1:

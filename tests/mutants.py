@@ -295,4 +295,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("sampling.py", "roles.noise(x_s, t, normal(x_s), s)", "roles.noise(x_s, t, normal(x_s))", "sampling"),
     ("sampling.py", "return p.x0 if how.eta is None else", "return p.x0 if True else", "sampling"),
     ("schedules.py", "math.floor(by * torch", "round(by * torch", "sampling"),
+    ("kohya.py", "torch.block_diag(*blocks)", "torch.cat(blocks).repeat(1, len(blocks))", "kohya"),
+    ("kohya.py", "float(alpha) * len(parts)", "float(alpha)", "kohya"),
+    ("kohya.py", "if layer in SWAPPED:", "if False:", "kohya"),
 ]

@@ -49,6 +49,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "fields": set(),
     "sources": set(),
     "lora_sources": {"sources"},
+    "kohya": set(),
     "listing": {"errors", "sources"},
     "doctor": {"sources"},
     "checkpoint": {"errors"},
@@ -60,7 +61,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "sampling": NUMBERS | {"roles"},
     "perceptual": {"errors"},
     "strategies": MODEL | {"perceptual"},
-    "families": NUMBERS | {"errors", "sources", "lora_sources", "fields"},
+    "families": NUMBERS | {"errors", "sources", "lora_sources", "kohya", "fields"},
 }
 NEVER = {  # room: rooms that it must not import
     "trainer": {"evaluate", "export", "families", "tiny", "cli", "runs"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import Kind
+from ..kohya import Layers
 from ..schedules import RectifiedFlow, Schedule, VariancePreserving
 
 
@@ -110,6 +111,15 @@ class Family(ABC):
     def packed(self, latents: Tensor) -> Tensor:
         """Latents [B, ...] in the shape that the pipeline's own `latents` argument has, their numbers in the same order."""
         return latents
+
+    @property
+    def kohya_layers(self) -> Layers | None:
+        """The network's layers as kohya's files name and join them; None: as the network does."""
+        return None
+
+    def kohya_lack(self) -> str:
+        """Why there is no file in kohya's spelling; nothing if there is."""
+        return "" if self.kohya_prefix else f"{self.pipeline} has no kohya file"
 
     @abstractmethod
     def feature_block(self, net: nn.Module) -> nn.Module:

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kohya import Layers, flux_layers
 from .base import Family
 
 GUIDANCE = 3.5  # what the pipeline tells its network if it is told nothing
+WIDTH = 3072  # of FLUX.1 and all that was made of it; diffusers' reader of kohya files counts on it
 
 
 class Flux(Family):
@@ -18,6 +20,7 @@ class Flux(Family):
     pipeline = "FluxPipeline"
     guidance_distilled = True
     passes_sigmas = True
+    kohya_prefix = "lora_unet_"
     lora_targets = (  # of both kinds of block, with the layers that a time modulates, as SD3's
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out"),
@@ -67,6 +70,14 @@ class Flux(Family):
     def native(self) -> tuple[int, int]:
         side = self.pipe.default_sample_size * self.factor
         return side, side
+
+    @property
+    def kohya_layers(self) -> Layers:
+        return flux_layers(self.net.config.num_layers, self.net.config.num_single_layers)
+
+    def kohya_lack(self) -> str:
+        width = self.feature_width(self.net)
+        return "" if width == WIDTH else f"diffusers reads FLUX.1's of a width of {WIDTH} alone, and this network's is {width}"
 
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.transformer_blocks[-1]  # the last that keeps picture and text apart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -50,6 +51,16 @@ def load_whole(pipe: Any, lora: LoraSource, adapter: str = PROBE) -> list[str]:
         lost = f"{len(layers) - found} of its {len(layers)} layers fit nothing, the first is {(left or layers or ['?'])[0]}"
         raise UserError(f"{lora} is no LoRA of this {kind}: {lost}; give one made for this architecture")
     return [name for name, layers in worn.items() if layers]
+
+
+def load_kohya(pipe: Any, folder: Path, weight_name: str, adapter_name: str | None = None) -> None:
+    """pipe.load_lora_weights of a file in kohya's spelling, without a loss: what lies outside FLUX.1's blocks diffusers 0.42
+    converts, but without the name of its part, and then leaves it out."""
+    source: Any = folder / weight_name
+    if hasattr(pipe, "transformer"):
+        state = pipe.lora_state_dict(folder, weight_name=weight_name)
+        source = {key if key.startswith("transformer.") else f"transformer.{key}": x for key, x in state.items()}
+    pipe.load_lora_weights(source, adapter_name=adapter_name)
 
 
 def read_lora(pipe: Any, lora: LoraSource) -> dict[str, Tensor]:
