@@ -1,20 +1,19 @@
 """Teacher, student, fake score and their averages: one network seen through several LoRA adapters, or whole copies.
 
-The only module that knows PEFT. A role is a callable, `Denoiser`; strategies see nothing else.
+The only module that knows PEFT. A role is a callable, `Denoiser`; strategies see nothing else. PEFT takes seconds to import,
+and whoever checks a recipe imports this module for its names alone: so it is imported where adapters are met.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +22,16 @@ from .diffusion import Prediction, anchored, guide, halves, mix, read, transitio
 from .schedules import Schedule
 
 if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     from .families.base import Family
+
+
+def lora_layers(module: nn.Module) -> Iterator[BaseTunerLayer]:
+    """The layers of module that wear adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (m for m in module.modules() if isinstance(m, BaseTunerLayer))
 
 
 class wearing:
@@ -35,7 +43,7 @@ class wearing:
     """
 
     def __init__(self, module: nn.Module, adapter: str | None):
-        self.layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+        self.layers = list(lora_layers(module))
         self.adapter, self.active = adapter, [] if adapter is None else [adapter]
 
     def __enter__(self) -> None:
@@ -50,10 +58,8 @@ class wearing:
 
 def worn(module: nn.Module) -> str | None:
     """The adapter that module is wearing; None for the bare base, and for a module without LoRA layers."""
-    for m in module.modules():
-        if isinstance(m, BaseTunerLayer):
-            return None if m._disable_adapters else m._active_adapter[0]
-    return None
+    m = next(lora_layers(module), None)
+    return None if m is None or m._disable_adapters else m._active_adapter[0]
 
 
 def enable_checkpointing(net: nn.Module) -> None:
@@ -230,6 +236,8 @@ def build_roles(
     Raises:
         ValueError: embed_guidance with LoRA (the base would have to change).
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     base = family.net.requires_grad_(False)
     if embed_guidance and rank is not None:
         raise ValueError("embed_guidance gives the network a new input, which a LoRA cannot carry; set lora to null")
@@ -249,9 +257,8 @@ def build_roles(
             roles[name] = Denoiser(family, base, name, precision=precision)
     for p in base.parameters():
         p.requires_grad_(False)
-    for m in base.modules():
-        if isinstance(m, BaseTunerLayer):
-            m._disable_adapters, m._active_adapter = True, []
+    for m in lora_layers(base):
+        m._disable_adapters, m._active_adapter = True, []
     family.arrange()  # PEFT's convolutions are not
     for role in roles.values():
         for p in role.parameters():

@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -63,6 +62,8 @@ class CountedAttention:
     """diffusers' joint attention in which the last key counts `times` times: its logits grow by log(times)."""
 
     def __init__(self, times: int):
+        from diffusers.models.attention_processor import JointAttnProcessor2_0
+
         self.inner, self.bias = JointAttnProcessor2_0(), math.log(times)
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs):
