@@ -14,11 +14,11 @@ from .batch import seed_of
 from .errors import UserError
 from .families.base import Family
 from .families.load import load_family
-from .fields import numbers
 from .lora_sources import find_lora
 from .recipe import Recipe, load_recipe
 from .roles import Roles, build_roles
 from .sampling import Inference
+from .sections import check_guidance
 from .strategies import Strategy
 
 AVERAGE = "_ema"  # the average of role x is role x_ema
@@ -101,7 +101,8 @@ def assemble(recipe: Recipe) -> Distillation:
     loras = [find_lora(lora) for lora in model.loras]
     family = load_family(model.source, dtype, model.revision, model.variant, where, data.size, data.frames, loras)
     strategy = recipe.strategy
-    check_guidance(family, recipe)
+    for keys, message in check_guidance(family, strategy, recipe.pairs.guidance):
+        raise UserError(f"{'.'.join(keys)}: {message}")
     averaged = [name for name in trained(strategy) if train.ema is not None]
     roles = build_roles(
         family,
@@ -120,18 +121,6 @@ def assemble(recipe: Recipe) -> Distillation:
     for module in strategy.modules().values():
         module.to(where)
     return Distillation(recipe, family, strategy, roles)
-
-
-def check_guidance(family: Family, recipe: Recipe) -> None:
-    """Raises UserError for a recipe that guides a teacher which cannot be guided."""
-    scales = {"strategy.guidance": getattr(recipe.strategy, "guidance", 1.0), "pairs.guidance": recipe.pairs.guidance}
-    for key, scale in scales.items() if family.guidance_distilled else ():
-        if any(number != 1 for number in numbers(scale)):
-            one = "1" if isinstance(scale, float) else "[1, 1]"
-            raise UserError(
-                f"{key} {scale}: the guidance of a {family.pipeline} is distilled into it, so it has no "
-                f"unconditional prediction to be guided with; set {key} to {one}"
-            )
 
 
 def trained(strategy: Strategy) -> list[str]:

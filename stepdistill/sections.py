@@ -6,14 +6,14 @@ command runs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .fields import Place, fields_of, ranged
+from .fields import Place, fields_of, numbers, ranged
 from .lora_sources import check_lora, identities
 from .schedules import RectifiedFlow
-from .sources import check_images, check_model, check_pairs, check_prompts
+from .sources import check_images, check_model, check_pairs, check_prompts, pipeline_class
 
 Keys = tuple[str, ...]  # a dotted key, split
 
@@ -119,12 +119,12 @@ SECTIONS = {"model": Model, "lora": Lora, "data": Data, "pairs": Pairs, "optim":
 
 
 def check(
-    values: Mapping[str, Any], strategy: Any, strategy_name: str, families: Collection[str], there: bool = True
+    values: Mapping[str, Any], strategy: Any, strategy_name: str, families: Mapping[str, type], there: bool = True
 ) -> Iterator[tuple[Keys, str]]:
     """What is wrong between fields, and with the sources they name.
 
     values: by dotted key; of those that are wrong in themselves, and so left out, nothing is said.
-    strategy: the instance, or None if it could not be made. families: the pipeline classes that can be distilled.
+    strategy: the instance, or None if it could not be made. families: by the pipeline classes that can be distilled.
     there: whether models and data on this disk must exist already; if not, only their form is checked.
     """
     if "model.source" in values:
@@ -132,6 +132,8 @@ def check(
             yield ("model", "source"), message
     for lora in values.get("model.loras", ()):
         yield from ((("model", "loras"), message) for message in check_lora(lora))
+    if strategy and (family := families.get(pipeline_class(values.get("model.source", "")))):
+        yield from check_guidance(family, strategy, values.get("pairs.guidance"))
     if "data.prompts" in values:
         yield from ((("data", "prompts"), message) for message in check_prompts(values["data.prompts"], there))
     if values.get("data.images") is not None:
@@ -169,3 +171,20 @@ def check(
             yield ("eval", "steps"), f"{steps} cannot be: {error}"
     if values.get("eval.prompts") == []:
         yield ("eval", "prompts"), "[] must name at least one prompt; write null for the first ones of data.prompts"
+
+
+def check_guidance(family: Any, strategy: Any, pairs: float | None) -> Iterator[tuple[Keys, str]]:
+    """What keeps the teacher from being guided as a strategy and its pairs want: guidance that is distilled into it.
+
+    family: a pipeline family, or its class. pairs: the scale `pairs.guidance`.
+    """
+    if not family.guidance_distilled:
+        return
+    why = f"the guidance of a {family.pipeline} is distilled into it, so it has no unconditional prediction to be guided with"
+    if getattr(strategy, "decoupled", False):
+        yield ("strategy", "decoupled"), f"true, but {why}; set strategy.decoupled to false and strategy.guidance to 1"
+        return
+    for keys, scale in {("strategy", "guidance"): getattr(strategy, "guidance", 1.0), ("pairs", "guidance"): pairs}.items():
+        if any(number != 1 for number in numbers(scale)):
+            one = "1" if isinstance(scale, float) else "[1, 1]"
+            yield keys, f"{scale}, but {why}; set {'.'.join(keys)} to {one}"

@@ -54,6 +54,15 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def pipeline_class(source: str) -> str | None:
+    """The pipeline that an embedded model or a folder holds; None where that cannot be told from here, as of a hub id."""
+    try:
+        index = json.loads((embedded_models().get(source, Path(source)) / "model_index.json").read_text(encoding="utf-8"))
+        return index["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def check_model(source: str, variant: str | None = None, families: Collection[str] = (), there: bool = True) -> Iterator[str]:
     """What is wrong with a model source. `families`: the pipeline classes that can be distilled; empty: not checked."""
     if is_hub_id(source):

@@ -103,12 +103,20 @@ def test_only_a_network_that_has_the_input_is_told_its_guidance():
     [
         ("{name: dmd2}", [], "strategy.guidance to 1$"),
         ("{name: lcm}", [], r"strategy.guidance to \[1, 1\]$"),
+        ("{name: dmd2, decoupled: true}", [], "strategy.decoupled to false and strategy.guidance to 1$"),
         ("{name: dmd, guidance: 1}", ["pairs.guidance=3"], "pairs.guidance to 1$"),
     ],
 )
 def test_guidance_is_refused_before_any_work(tmp_path, strategy, more, remedy):
     with pytest.raises(UserError, match=rf"the guidance of a FluxPipeline is distilled into it.*set {remedy}"):
         student(tmp_path, "flux", "data.resolution=16", *more, strategy=strategy)
+
+
+def test_guidance_is_refused_of_a_hub_id_too(tmp_path, monkeypatch):
+    """Its class is known once it is loaded."""
+    monkeypatch.setattr("stepdistill.sections.pipeline_class", lambda source: None)
+    with pytest.raises(UserError, match=r"strategy.guidance: 8\.0, but the guidance of a FluxPipeline"):
+        student(tmp_path, "flux", "data.resolution=16", strategy="{name: dmd2}")
 
 
 def test_lora_targets_reach_every_kind_of_layer():
