@@ -116,10 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
     made = verb(
         "validate",
         validate,
-        "Check a recipe, and what it names as far as that is there.",
+        "Check recipes, and what they name as far as that is there.",
         "stepdistill validate my.yaml lora.rank=32",
+        "stepdistill validate dmd2_sdxl lcm_sdxl mine/*.yaml",
     )
-    takes_recipe(made)
+    made.add_argument("recipes", metavar="RECIPE", nargs="+", help="files, or names of shipped recipes")
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="a recipe key in dots, and its value")
 
     made = verb("ls", ls, "List what there is.", "stepdistill ls recipes", "stepdistill ls strategies")
     made.add_argument("what", nargs="?", choices=tuple(listing.SHELVES), help="otherwise everything")
@@ -208,8 +210,17 @@ def pairs(args) -> None:
 def validate(args) -> None:
     from .recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides, there=False)
-    print(f"{args.recipe}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
+    overrides = [word for word in args.recipes if "=" in word] + args.overrides
+    problems = []
+    for name in (word for word in args.recipes if "=" not in word):
+        try:
+            recipe = load_recipe(name, overrides, there=False)
+        except UserError as error:
+            problems += str(error).splitlines()
+        else:
+            print(f"{name}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))  # those of the command line are the same for each recipe
 
 
 def ls(args) -> None:

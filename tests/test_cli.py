@@ -133,6 +133,30 @@ def test_validate(capsys, anything_goes):
     assert "Traceback" not in err
 
 
+def test_validate_takes_several(capsys, anything_goes, tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: {source: x}\nlora: {rnak: 3}\n")
+    status, out, err = run(capsys, "validate", "quickstart", str(bad), "nothing", "dmd2_tiny_sd", "optim.student_lr=0")
+    assert (status, out) == (2, "")
+    assert err.count("command line  optim.student_lr: 0 is out of range") == 1
+    assert f"{bad}:2  lora.rnak" in err and "nothing: neither a file" in err
+    status, out, err = run(capsys, "validate", "quickstart", str(bad), "train.steps=7", "dmd2_tiny_sd")
+    assert (status, out.count(": in order (7 iterations")) == (2, 2)
+    assert err.startswith(f"{bad}:") and "quickstart" not in err
+
+
+def test_validate_is_quick():
+    """It imports torch, for the strategies' modules, but nothing that loads networks: those take longer than torch."""
+    code = """
+import sys
+from stepdistill.cli import main
+assert main(["validate", "quickstart"]) == 0
+print(sorted({"diffusers", "transformers", "peft"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(capsys, anything_goes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = run(capsys, "train", "quickstart", "--dry-run", "lora.rank=3", "--output", "there")
@@ -173,10 +197,10 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
 
 def test_overrides_may_stand_anywhere(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "validate", lambda args: seen.append((args.recipe, args.overrides)))
+    monkeypatch.setattr(cli, "pairs", lambda args: seen.append((args.recipe, args.overrides)))
     monkeypatch.setattr(cli, "train", lambda args: seen.append((args.recipe, args.overrides, args.resume)))
     assert main(["train", "r", "a=1", "--resume", "never", "b=-2"]) == 0
-    assert main(["validate", "r", "a=1", "b=[1, 2]"]) == 0
+    assert main(["pairs", "r", "a=1", "b=[1, 2]"]) == 0
     assert seen == [("r", ["a=1", "b=-2"], "never"), ("r", ["a=1", "b=[1, 2]"])]
 
 
