@@ -147,7 +147,7 @@ class Denoiser:
             prediction = self(x_t, t, cond)
         finally:
             handle.remove()
-        return prediction, self.family.feature_tokens(kept[0]).to(prediction.x0.dtype)
+        return prediction, self.family.feature_tokens(kept[0], x_t, cond).to(prediction.x0.dtype)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training this role may change, by its name in the network; nothing for the teacher."""

@@ -41,11 +41,36 @@ def t5():
     )
 
 
-def autoencoder(**kw):
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+def gemma_tokenizer():
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.ascii_letters, *string.digits, *string.punctuation]
+    return transformers.GemmaTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
+
+
+def gemma(layers):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers, "head_dim": 16}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    return transformers.Gemma2Model(transformers.Gemma2Config(**sizes, **heads, vocab_size=128))
+
+
+def qwen_tokenizer(content="m['content']"):
+    """content: of a message, as the pipeline passes it."""
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = transformers.Qwen2Tokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{" + content + "}}<|im_end|>{% endfor %}"
+    return tokenizer
+
+
+def qwen(layers, make=transformers.Qwen3Model):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return make(transformers.Qwen3Config(**sizes, **heads, vocab_size=300, max_position_embeddings=1024))
+
+
+def autoencoder(channels=(4, 8), make=diffusers.AutoencoderKL, **kw):
+    return make(
+        block_out_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * len(channels),
+        up_block_types=["UpDecoderBlock2D"] * len(channels),
         latent_channels=4,
         norm_num_groups=2,
         sample_size=16,
@@ -141,7 +166,7 @@ def sd3(with_t5=False, dual=(), shift=3.0):
     return finish(
         diffusers.StableDiffusion3Pipeline(
             transformer=transformer,
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+            scheduler=flow(shift=shift),
             vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.53),
             text_encoder=transformers.CLIPTextModelWithProjection(clip_config()),
             tokenizer=clip_tokenizer(),
@@ -170,7 +195,7 @@ def flux(guidance_embeds=True, **scheduler):
     return finish(
         diffusers.FluxPipeline(
             transformer=transformer,
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**({"use_dynamic_shifting": True, "shift": 3.0} | scheduler)),
+            scheduler=flow(**({"use_dynamic_shifting": True, "shift": 3.0} | scheduler)),
             vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.12, scaling_factor=0.36),
             text_encoder=transformers.CLIPTextModel(clip_config()),
             tokenizer=clip_tokenizer(),
@@ -178,6 +203,186 @@ def flux(guidance_embeds=True, **scheduler):
             tokenizer_2=t5_tokenizer(),
         )
     )
+
+
+def flux2(klein=False, distilled=False):
+    """dev's text encoder is a Mistral; what matters here is which of a network's layers is read."""
+    torch.manual_seed(0)
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=not klein,
+    )
+    vae = autoencoder(make=diffusers.AutoencoderKLFlux2, use_quant_conv=False, use_post_quant_conv=False)
+    vae.bn.running_mean.normal_(0, 0.3)
+    vae.bn.running_var.uniform_(0.5, 2)
+    parts = {"vae": vae, "transformer": transformer, "scheduler": flow(use_dynamic_shifting=True, shift=3.0)}
+    if klein:
+        parts |= {"tokenizer": qwen_tokenizer(), "text_encoder": qwen(28, transformers.Qwen3ForCausalLM)}
+        return finish(diffusers.Flux2KleinPipeline(**parts, is_distilled=distilled))
+    parts |= {"tokenizer": qwen_tokenizer("m['content'][0]['text']"), "text_encoder": qwen(31)}
+    return finish(diffusers.Flux2Pipeline(**parts))
+
+
+def pixart():
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        num_layers=2,
+        in_channels=4,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear")
+    return finish(
+        diffusers.PixArtSigmaPipeline(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=autoencoder(),
+            text_encoder=t5(),
+            tokenizer=t5_tokenizer(),
+        )
+    )
+
+
+def sana(sprint=False):
+    torch.manual_seed(0)
+    transformer = diffusers.SanaTransformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        guidance_embeds=sprint,
+        qk_norm="rms_norm_across_heads" if sprint else None,
+    )
+    encoder = {"encoder_block_out_channels": (8, 8), "encoder_qkv_multiscales": ((), (5,)), "encoder_layers_per_block": (1, 1)}
+    decoder = {"decoder_block_out_channels": (8, 8), "decoder_qkv_multiscales": ((), (5,)), "decoder_layers_per_block": (1, 1)}
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+        **encoder,
+        **decoder,
+    )
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": gemma(1), "tokenizer": gemma_tokenizer()}
+    if sprint:
+        return finish(diffusers.SanaSprintPipeline(**parts, scheduler=diffusers.SCMScheduler()))
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return finish(diffusers.SanaPipeline(**parts, scheduler=diffusers.DPMSolverMultistepScheduler(**config)))
+
+
+def qwen_image():
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 0.5, 1.0],
+    )
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+    text |= {"num_key_value_heads": 2, "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    encoder = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+    return finish(
+        diffusers.QwenImagePipeline(
+            transformer=transformer,
+            scheduler=flow(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=encoder,
+            tokenizer=qwen_tokenizer(),
+        )
+    )
+
+
+def z_image():
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[600, 32, 32],
+    )
+    return finish(
+        diffusers.ZImagePipeline(
+            transformer=transformer,
+            scheduler=flow(shift=3.0),
+            vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.12, scaling_factor=0.36),
+            text_encoder=qwen(2),
+            tokenizer=qwen_tokenizer(),
+        )
+    )
+
+
+def lumina2():
+    torch.manual_seed(0)
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        cap_feat_dim=16,
+    )
+    vae = autoencoder((4, 4, 4, 8), use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5)
+    return finish(
+        diffusers.Lumina2Pipeline(
+            transformer=transformer,
+            scheduler=flow(shift=6.0),
+            vae=vae,
+            text_encoder=gemma(2),
+            tokenizer=gemma_tokenizer(),
+        )
+    )
+
+
+def flow(**config):
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
 
 
 def wan(boundary_ratio=None, expand_timesteps=False, flow_shift=3.0):
@@ -229,7 +434,7 @@ def watch(pipe, prompts, **kw):
     pipe.scheduler.step = lambda *args, **kw: seen.append(args[:3]) or step(*args, **kw)
     try:
         kw = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0), **kw}
-        made = pipe(prompts, **kw)[0]
+        made = pipe(prompt=prompts, **kw)[0]
     finally:
         pipe.scheduler.step = step
     return made, seen

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from loras import save, style
-from pipelines import flux, sd, sd3, sdxl, wan
+from pipelines import flux, flux2, lumina2, pixart, qwen_image, sana, sd, sd3, sdxl, wan, z_image
 
 from stepdistill.assemble import Distillation, assemble
 from stepdistill.recipe import dump_recipe, load_recipe
@@ -29,6 +29,15 @@ PIPELINES = {
     "dual": lambda: sd3(with_t5=True, dual=(0,)),
     "flux": flux,
     "schnell": lambda: flux(guidance_embeds=False, use_dynamic_shifting=False, shift=1.0),
+    "flux2": flux2,
+    "klein": lambda: flux2(klein=True),
+    "klein distilled": lambda: flux2(klein=True, distilled=True),
+    "pixart": pixart,
+    "sana": sana,
+    "sana sprint": lambda: sana(sprint=True),
+    "qwen image": qwen_image,
+    "z image": z_image,
+    "lumina2": lumina2,
     "wan": lambda: wan(boundary_ratio=0.875),
     "wan one": wan,
     "wan token times": lambda: wan(expand_timesteps=True),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +62,20 @@ class Family(ABC):
         """Times [B] in [0, 1] as the network hears them."""
         return t * 1000
 
+    def default(self, name: str) -> Any:
+        """What the pipeline takes for an argument of pipe(...) that it is not given."""
+        return inspect.signature(self.pipe.__call__).parameters[name].default
+
+    @property
+    def sampler_call(self) -> dict[str, Any]:
+        """Arguments that pipe(...) needs to do just what its network predicts, at `size`."""
+        return {"guidance_scale": self.sampler_guidance}
+
+    @property
+    def passes_generator(self) -> bool:
+        """The pipeline hands its scheduler the generator that it was given: those of most flow models do not."""
+        return self.kind != "flow"
+
     def null_prompts(self) -> dict[str, Tensor] | None:
         """The unconditional input, each tensor [1, ...]; None if the teacher's guidance is distilled."""
         return None if self.guidance_distilled else self.encode_prompts([""])
@@ -68,14 +84,18 @@ class Family(ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> latents (the posterior's mean), normalized as the network sees them."""
         vae = self.pipe.vae
-        z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
-        return ((z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
+        mean, std = self.moments()
+        return ((vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean - mean) / std).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pixels [B, 3, H, W], nominally in [-1, 1], differentiable."""
-        vae = self.pipe.vae
-        z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return vae.decode(z, return_dict=False)[0].float()
+        mean, std = self.moments()
+        return self.pipe.vae.decode(latents.to(self.pipe.vae.dtype) * std + mean, return_dict=False)[0].float()
+
+    def moments(self) -> tuple[float | Tensor, float | Tensor]:
+        """Mean and standard deviation of the autoencoder's latents; the network's have 0 and 1."""
+        config = self.pipe.vae.config
+        return config.get("shift_factor") or 0.0, 1 / config.scaling_factor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,8 +129,12 @@ class Family(ABC):
         return side, side
 
     def packed(self, latents: Tensor) -> Tensor:
-        """Latents [B, ...] in the shape that the pipeline's own `latents` argument has, their numbers in the same order."""
+        """Latents [B, ...] as the pipeline's own `latents` argument wants them."""
         return latents
+
+    def unpacked(self, made: Tensor) -> Tensor:
+        """Latents [B, ...] of what the pipeline made at `size` with output_type="latent"."""
+        return made.reshape(-1, *self.shape)
 
     @property
     def kohya_layers(self) -> Layers | None:
@@ -126,8 +150,8 @@ class Family(ABC):
         """The block whose output a discriminator reads."""
 
     @abstractmethod
-    def feature_tokens(self, out: Any) -> Tensor:
-        """That block's output as tokens [B, L, C]."""
+    def feature_tokens(self, out: Any, x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """The picture's tokens [B, L, C] in that block's output, of what `forward` was asked."""
 
     @abstractmethod
     def feature_width(self, net: nn.Module) -> int:
@@ -155,6 +179,7 @@ def read_kind(scheduler: Any) -> Kind:
         "v_prediction": "v",
         "sample": "x0",
         "flow_prediction": "flow",
+        "trigflow": "flow",  # Sana-Sprint's network; its pipeline turns the output for its scheduler
     }
     name = scheduler.config.get("prediction_type", "epsilon")
     if name not in kinds:
@@ -173,5 +198,9 @@ def read_schedule(scheduler: Any, tokens: int = 0) -> Schedule:
     if not config.get("use_dynamic_shifting"):
         return RectifiedFlow(shift=config.get("shift") or config.get("flow_shift") or 1.0)
     share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = config.base_shift + share * (config.max_shift - config.base_shift)
-    return RectifiedFlow(shift=math.exp(mu) if config.time_shift_type == "exponential" else mu)
+    return shifted(config, config.base_shift + share * (config.max_shift - config.base_shift))
+
+
+def shifted(config: Mapping[str, Any], mu: float) -> RectifiedFlow:
+    """The schedule of a flow scheduler with a dynamic shift, which its pipeline tells mu."""
+    return RectifiedFlow(shift=math.exp(mu) if config["time_shift_type"] == "exponential" else mu)

@@ -51,7 +51,7 @@ class SD3(Family):
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.transformer_blocks[len(net.transformer_blocks) // 2]
 
-    def feature_tokens(self, out: tuple[Tensor, Tensor]) -> Tensor:
+    def feature_tokens(self, out: tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[1]  # a block returns (text, picture) tokens
 
     def feature_width(self, net: nn.Module) -> int:

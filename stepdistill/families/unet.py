@@ -36,7 +36,7 @@ class UNet:
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.mid_block
 
-    def feature_tokens(self, out: Tensor) -> Tensor:
+    def feature_tokens(self, out: Tensor, x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out.flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, HW, C]
 
     def feature_width(self, net: nn.Module) -> int:

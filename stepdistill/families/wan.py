@@ -72,7 +72,7 @@ class Wan(Family):
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net if isinstance(net, Experts) else middle(net)
 
-    def feature_tokens(self, out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def feature_tokens(self, out: Tensor | tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[1] if isinstance(out, tuple) else out  # experts return (output, tokens), a block tokens
 
     def feature_width(self, net: nn.Module) -> int:
