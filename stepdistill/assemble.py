@@ -15,7 +15,7 @@ from .errors import UserError
 from .families.base import Family
 from .families.load import load_family
 from .lora_sources import find_lora
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, strategy_name
 from .roles import Roles, build_roles
 from .sampling import Inference
 from .sections import check_guidance
@@ -103,6 +103,7 @@ def assemble(recipe: Recipe) -> Distillation:
     strategy = recipe.strategy
     for keys, message in check_guidance(family, strategy, recipe.pairs.guidance):
         raise UserError(f"{'.'.join(keys)}: {message}")
+    check_pictures(family, recipe)
     averaged = [name for name in trained(strategy) if train.ema is not None]
     roles = build_roles(
         family,
@@ -121,6 +122,15 @@ def assemble(recipe: Recipe) -> Distillation:
     for module in strategy.modules().values():
         module.to(where)
     return Distillation(recipe, family, strategy, roles)
+
+
+def check_pictures(family: Family, recipe: Recipe) -> None:
+    """Raises UserError where a strategy learns from pictures, but the pipeline makes videos of several frames."""
+    if "x0" in recipe.strategy.needs and family.frames not in (None, 1):
+        raise UserError(
+            f"data.frames {family.frames}: strategy {strategy_name(recipe.strategy)} learns from data.images, which are videos "
+            f"of one frame; set data.frames to 1, or choose a strategy that learns from prompts alone, as dmd2 and rcm do"
+        )
 
 
 def trained(strategy: Strategy) -> list[str]:

@@ -29,11 +29,12 @@ def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None)
 
 def header(told: Serving) -> str:
     """What the Hub reads. JSON is YAML."""
-    tags = ["text-to-image", "diffusers", "few-step", "stepdistill", told.strategy]
+    task = "text-to-image" if told.frames is None else "text-to-video"
+    tags = [task, "diffusers", "few-step", "stepdistill", told.strategy]
     tags += ["lora", "template:sd-lora"] if told.lora else []
     fields = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        "pipeline_tag": task,
         "tags": tags,
     }
     if not Path(told.base).is_absolute():  # a folder is no name on the Hub
@@ -42,15 +43,18 @@ def header(told: Serving) -> str:
 
 
 def about(told: Serving) -> str:
-    n = len(told.students)
-    if n == 1:
-        what = f"A LoRA (rank {told.lora['rank']}) that makes" if told.lora else "A whole pipeline that makes"
-    else:
+    n = len(told.worn)
+    if told.take_turns:
         what = f"{n} LoRAs (rank {told.lora['rank']}) that" if told.lora else f"{n} networks that"
         what += " take turns to make"
+    elif told.lora and n > 1:
+        what = f"{n} LoRAs (rank {told.lora['rank']}), one for each expert, that make"
+    else:
+        what = f"A LoRA (rank {told.lora['rank']}) that makes" if told.lora else "A whole pipeline that makes"
+    made = "picture" if told.frames is None else f"video of {told.frames} frames"
     return (
         f"{what} `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} "
-        f"a picture at {told.size[1]} x {told.size[0]}, distilled with the strategy `{told.strategy}` of stepdistill. "
+        f"a {made} at {told.size[1]} x {told.size[0]}, distilled with the strategy `{told.strategy}` of stepdistill. "
         f"The licence is that of the base model."
     )
 
@@ -72,21 +76,27 @@ def snippet(told: Serving) -> str:
     ]
     if form not in WHOLE:
         lines += [line for lora in told.loras for line in below(lora)]
-    if form not in WHOLE and len(files) == 1:
-        lines.append(f'pipe.load_lora_weights(here, weight_name="{files[0]}")')
+    if form not in WHOLE and not told.take_turns:
+        for (_, network), file in zip(told.worn, files, strict=True):
+            into = "".join(f", {name}={x}" for name, x in told.into(network).items())
+            lines.append(f'pipe.load_lora_weights(here, weight_name="{file}"{into})')
     lines += [
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         f'pipe.scheduler = {scheduler}.from_pretrained(here, subfolder="scheduler")',
-        *(turns(told, form, files) if len(files) > 1 else []),
+        *(turns(told, form, files) if told.take_turns else []),
         *(another_time(told) if told.sampler.told is not None else []),
-        "image = pipe(",
+        "image = pipe(" if told.frames is None else "frames = pipe(",
         f"    {json.dumps(told.prompts[0], ensure_ascii=False)},",
         *(f"    {name}={value!r}," for name, value in told.arguments.items()),
-        *["    callback_on_step_end=take_turns,"] * (len(files) > 1),
+        *["    callback_on_step_end=take_turns,"] * told.take_turns,
         "    generator=torch.manual_seed(0),",
-        ").images[0]",
-        'image.save("picture.png")',
     ]
+    if told.frames is None:
+        lines += [").images[0]", 'image.save("picture.png")']
+    else:
+        options = _arguments(told.animation)
+        lines += ['    output_type="pil",', ").frames[0]"]
+        lines += [f'frames[0].save("video.webp", save_all=True, append_images=frames[1:], {options})']
     return "\n".join(lines)
 
 
@@ -158,14 +168,19 @@ def notes(told: Serving) -> str:
             "The scheduler draws new noise at every step, and this pipeline does not hand it the `generator`: "
             "a picture is reproducible only through `torch.manual_seed`, which the snippet calls."
         )
+    if told.frames is not None:
+        lines.append(
+            f'For an MP4: `diffusers.utils.export_to_video(frames, "video.mp4", fps={told.fps:g})`, which needs imageio and '
+            f"imageio-ffmpeg."
+        )
     if told.lora:
         low, high = told.lora["scale_range"]
-        how = f" (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)" if len(told.students) == 1 else ""
+        how = f" (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)" if len(told.worn) == 1 else ""
         lines.append(
             f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} "
             f"to {high:g}{how}."
         )
-    if len(told.students) > 1:
+    if told.take_turns:
         lines.append("Each student takes its own steps, and none can take another's.")
         if told.lora:
             lines[-1] += " In ComfyUI that is one KSampler (Advanced) for each LoRA, one after the other; A1111 cannot."

@@ -80,14 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     made = verb(
         "sample",
         sample,
-        "Draw a picture.",
+        "Draw a picture, or a video.",
         'stepdistill sample runs/quickstart --prompt "a large red circle on a plain background" --steps 2',
     )
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
     made.add_argument("--prompt", required=True, metavar="TEXT")
     made.add_argument("--steps", type=positive, metavar="N", help="otherwise the number the student was made for")
     made.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
-    made.add_argument("--out", type=Path, metavar="FILE", help="the picture to write")
+    made.add_argument("--out", type=Path, metavar="FILE", help="the picture (.png) or video (.webp, .png, .gif) to write")
 
     made = verb("eval", eval_, "Measure a student beside its teacher.", "stepdistill eval runs/quickstart")
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")

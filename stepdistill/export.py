@@ -5,6 +5,7 @@ pytorch_lora_weights.safetensors   diffusers: prefixed PEFT keys, float32, alpha
 fused/ or pipeline/                a whole pipeline: the LoRA merged, or (lora: null) the trained copy
 student_1.safetensors, ...         where several students take turns: a file each, in both LoRA formats; of whole copies,
                                    the first is in pipeline/, the others are networks in student_2/, ...
+pytorch_lora_weights_transformer_2.safetensors   of the second expert, where a pipeline has two
 scheduler/scheduler_config.json
 stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
 """
@@ -29,7 +30,7 @@ from .checkpoint import sync
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
 from .families.loras import fuse_loras
-from .inference import SIDECAR, Serving, read_export, serving
+from .inference import SIDECAR, Part, Serving, read_export, serving
 from .kohya import kohya_state
 from .lora_files import kohya_header, peft_state
 from .lora_sources import NAME
@@ -77,8 +78,8 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     tmp.mkdir(parents=True)
     try:
         for form, files in told.files.items():
-            for student, file in zip(told.students, files, strict=True):
-                WRITERS[form](distillation, told, student, tmp / file)
+            for part, file in zip(told.worn, files, strict=False):  # a whole pipeline has several parts
+                WRITERS[form](distillation, told, part, tmp / file)
         told.build_scheduler().save_pretrained(tmp / "scheduler")
         (tmp / SIDECAR).write_text(told.to_json(), encoding="utf-8")
         write_card(tmp, run or out.parent)
@@ -100,26 +101,28 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
 
 
 def names(distillation: Distillation, told: Serving, formats: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
-    """The files to write, format to a name for each student, the one that a snippet should load first.
+    """The files to write, format to a name for each of `worn`, the one that a snippet should load first.
 
     Raises:
         UserError: a format that these students or this family have not.
     """
     recipe, family, students = distillation.recipe, distillation.family, told.students
-    alone = len(students) == 1
+    suffixes = [f"_{network}" * (network != told.network) for _, network in told.worn]
+    if told.take_turns:
+        suffixes = [f"_{student}" for student in students]
     if recipe.lora is None:
         for form in set(formats or ()) - {"diffusers"}:
             raise UserError(f"format {form} needs a LoRA, but lora is null, so a whole pipeline is written; leave it out")
-        return {"pipeline": ("pipeline", *students[1:])}
+        return {"pipeline": ("pipeline", *(students[1:] if told.take_turns else ()))}
     files = {
-        "diffusers": (NAME,) if alone else tuple(f"{student}.safetensors" for student in students),
-        "kohya": tuple(f"{recipe.name}{'' if alone else f'_{student}'}_kohya.safetensors" for student in students),
+        "diffusers": tuple(f"{s[1:] if told.take_turns else Path(NAME).stem + s}.safetensors" for s in suffixes),
+        "kohya": tuple(f"{recipe.name}{suffix}_kohya.safetensors" for suffix in suffixes),
         "fused": ("fused",),
     }
     lacks = {"kohya": why} if (why := family.kohya_lack() or no_place(distillation)) else {}
     if told.sampler.told is not None:
         lacks["kohya"] = "no program that reads kohya files tells a network another time than its sampler's"
-    lacks |= {} if alone else {"fused": f"one fused network cannot hold {len(students)} students"}
+    lacks |= {} if not told.take_turns else {"fused": f"one fused network cannot hold {len(students)} students"}
     fits = [form for form in FORMATS if form not in lacks]
     for form in formats or ():
         if form not in fits:
@@ -128,62 +131,67 @@ def names(distillation: Distillation, told: Serving, formats: Sequence[str] | No
     return {form: files[form] for form in fits if form in wanted}
 
 
-def write_lora(distillation: Distillation, told: Serving, student: str, file: Path) -> None:
+def write_lora(distillation: Distillation, told: Serving, part: Part, file: Path) -> None:
     header = {"format": "pt", "stepdistill.inference": told.to_json()}
-    save_file(lora_state(distillation, student), file, header)
+    save_file(lora_state(distillation, part), file, header)
 
 
-def write_kohya(distillation: Distillation, told: Serving, student: str, file: Path) -> None:
+def write_kohya(distillation: Distillation, told: Serving, part: Part, file: Path) -> None:
     family, config = distillation.family, distillation.family.net.config
-    state = kohya_weights(distillation, student)
+    state = kohya_weights(distillation, part)
     text = config.get("cross_attention_dim") or (config.joint_attention_dim if config.guidance_embeds else 0)
     save_file(state, file, kohya_header(state, told, text, family.kind))
 
 
-def kohya_weights(distillation: Distillation, student: str) -> dict[str, Tensor]:
+def kohya_weights(distillation: Distillation, part: Part) -> dict[str, Tensor]:
     """A student's LoRA (of its average, if it has one), as kohya's files name and join it.
 
     Raises:
         ValueError: they have no place for some layers.
     """
-    family, weights = distillation.family, distillation.students()[student].named_parameters()
+    family = distillation.family
     outputs = {name: layer.out_features for name, layer in family.net.named_modules() if hasattr(layer, "out_features")}
-    return kohya_state(weights, family.kohya_prefix, distillation.recipe.lora.rank, family.kohya_layers, outputs)
+    rank = distillation.recipe.lora.rank
+    return kohya_state(weights(distillation, part), family.kohya_prefix, rank, family.kohya_layers, outputs)
 
 
 def no_place(distillation: Distillation) -> str:
     """What kohya's files cannot hold of this family's LoRA, in words; nothing if they hold all of it."""
     try:
-        kohya_weights(distillation, trained(distillation.strategy)[0])
+        kohya_weights(distillation, (trained(distillation.strategy)[0], distillation.family.net_name))
     except ValueError as error:
         return str(error)
     return ""
 
 
-def write_fused(distillation: Distillation, told: Serving, student: str, folder: Path) -> None:
+def write_fused(distillation: Distillation, told: Serving, _part: Part, folder: Path) -> None:
     with quiet():
         pipe = load_pipeline_folder(told.model, getattr(torch, told.dtype), told.revision, told.variant)
         fuse_loras(pipe, told.loras)
-        pipe.load_lora_weights(lora_state(distillation, student))
-        pipe.fuse_lora(components=[distillation.family.net_name])
+        for part in told.worn:
+            pipe.load_lora_weights(lora_state(distillation, part), **told.into(part[1]))
+        pipe.fuse_lora(components=list(distillation.family.networks))
         pipe.unload_lora_weights()
         pipe.scheduler = told.build_scheduler()
         pipe.save_pretrained(folder, safe_serialization=True)
 
 
-def write_pipeline(distillation: Distillation, told: Serving, student: str, folder: Path) -> None:
-    """The first student's whole pipeline; of others the network. They are float32; whoever loads them chooses the type."""
-    family, net = distillation.family, distillation.students()[student].net
-    if student != told.students[0]:
-        net.save_pretrained(folder, safe_serialization=True)
+def write_pipeline(distillation: Distillation, told: Serving, part: Part, folder: Path) -> None:
+    """The whole pipeline, with the first of students who take turns; of the others the network. They are float32; whoever
+    loads them chooses the type."""
+    students, inner = distillation.students(), distillation.family.networks
+    nets = {(who, name): students[who].net.get_submodule(inner[name].removesuffix(".")) for who, name in told.worn}
+    if part != told.worn[0]:
+        nets[part].save_pretrained(folder, safe_serialization=True)
         return
-    pipe = copy.copy(family.pipe)  # shares its parts; what is registered below, only the copy has
+    pipe = copy.copy(distillation.family.pipe)  # shares its parts; what is registered below, only the copy has
+    shown = [part] if told.take_turns else told.worn
     with quiet():
-        pipe.register_modules(**{family.net_name: net, "scheduler": told.build_scheduler()})
+        pipe.register_modules(**{name: nets[who, name] for who, name in shown}, scheduler=told.build_scheduler())
         pipe.save_pretrained(folder, safe_serialization=True)
 
 
-Writer = Callable[[Distillation, Serving, str, Path], None]
+Writer = Callable[[Distillation, Serving, Part, Path], None]
 WRITERS: dict[str, Writer] = {
     "diffusers": write_lora,
     "kohya": write_kohya,
@@ -192,9 +200,17 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def lora_state(distillation: Distillation, student: str) -> dict[str, Tensor]:
-    """A student's LoRA (of its average, if it has one), as diffusers names it."""
-    return peft_state(distillation.students()[student].named_parameters(), distillation.family.net_name)
+def weights(distillation: Distillation, part: Part) -> dict[str, Tensor]:
+    """What a student (its average, if it has one) learnt on one network of the pipeline, by name in that network."""
+    student, network = part
+    inner = distillation.family.networks[network]
+    found = distillation.students()[student].named_parameters()
+    return {name.removeprefix(inner): p for name, p in found.items() if name.startswith(inner)}
+
+
+def lora_state(distillation: Distillation, part: Part) -> dict[str, Tensor]:
+    """The same as diffusers names it: whatever the network, after the pipeline's first."""
+    return peft_state(weights(distillation, part), distillation.family.net_name)
 
 
 def write_card(out: Path, run: Path | None = None) -> None:
@@ -271,8 +287,8 @@ def stock_latents(pipe: diffusers.DiffusionPipeline, told: Serving, noise: Tenso
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(SEED)
         latents, generator = noise.to(pipe.device, getattr(torch, told.dtype)), torch.Generator().manual_seed(SEED)
-        made = pipe(list(told.prompts), latents=latents, generator=generator, output_type="latent", **told.arguments)
-    return made.images.cpu().float()
+        options = {"latents": latents, "generator": generator, "output_type": "latent", "return_dict": False}
+        return pipe(list(told.prompts), **options, **told.arguments)[0].cpu().float()
 
 
 def differences(distillation: Distillation, told: Serving, out: Path) -> Iterator[str]:
@@ -281,8 +297,8 @@ def differences(distillation: Distillation, told: Serving, out: Path) -> Iterato
     written = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     if keys := [key for key, value in wanted.items() if written.get(key) != value]:
         yield f"scheduler_config.json differs in {', '.join(keys)}"
-    for student, file in zip(told.students, told.files.get("diffusers", ()), strict=False):
-        there, state = load_file(out / file), lora_state(distillation, student)
+    for part, file in zip(told.worn, told.files.get("diffusers", ()), strict=False):
+        there, state = load_file(out / file), lora_state(distillation, part)
         off = [key for key in state if key not in there or not there[key].equal(state[key])] + [*(there.keys() - state)]
         if off:
             yield f"{len(off)} of {len(state)} tensors of {file} differ, the first is {off[0]}"

@@ -22,15 +22,20 @@ from . import __version__
 from .assemble import Distillation
 from .data.prompts import read_prompts
 from .errors import UserError
+from .families.base import Family
 from .lora_sources import LoraSource, find_lora
 from .recipe import Recipe, dump_recipe, strategy_name
 from .samplers import Sampler, find_sampler
+from .sampling import Inference
 from .sources import embedded_models
 
 SIDECAR = "stepdistill.json"
-FORMAT = 3  # of the sidecar; a change that makes older ones unreadable raises it
+FORMAT = 4  # of the sidecar; a change that makes older ones unreadable raises it
 STEPS = (1, 2, 4, 8)  # numbers of steps that are tried besides those that a recipe names
 WHOLE = ("pipeline", "fused")  # files that are whole pipeline folders; the others are LoRA files
+
+
+Part = tuple[str, str]  # a student, and the network of the pipeline that it plays
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,19 @@ class Serving:
 
     name: str  # of the recipe
     pipeline: str  # class in diffusers
-    network: str  # attribute of the pipeline that was distilled
+    network: str  # attribute of the pipeline that was distilled, the first of them if it has several
     model: str  # what was distilled: embedded name, absolute folder, or hub id
     revision: str | None
     variant: str | None
     dtype: str  # of the base
     size: tuple[int, int]  # height and width in pixels that the student was trained at
     frames: int | None  # of its videos; None: it draws pictures
+    fps: float | None  # frames a second
     strategy: str
     steps: int  # which of `samplers` is meant
     samplers: dict[int, Sampler]  # for every number of steps that is known to work
-    call: dict[str, Any]  # of pipe(...), whatever the steps: guidance_scale; height and width if not the base's own
+    worn: tuple[Part, ...]  # all parts: of two experts each has its own student, or both have the same
+    call: dict[str, Any]  # of pipe(...), whatever the steps: guidance_scale; size and num_frames if not the base's own
     reseed: bool  # the pipeline does not give its generator to the scheduler, which draws from torch.manual_seed
     lora: dict[str, Any] | None  # rank, alpha, scale, scale_range, targets; None: the whole network was trained
     prompts: tuple[str, ...]  # examples
@@ -57,7 +64,7 @@ class Serving:
     recipe_hash: str
     loras: tuple[LoraSource, ...] = ()  # what lies between the model and the student
     negative_prompt_supported: bool = False  # without classifier-free guidance nothing reads it
-    files: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # format -> names in the export, one a student
+    files: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # format -> names in the export, as `worn`
 
     @property
     def sampler(self) -> Sampler:
@@ -69,9 +76,23 @@ class Serving:
         return tuple(dict.fromkeys(self.sampler.students))
 
     @property
+    def take_turns(self) -> bool:
+        """Whether students follow one another on the same network."""
+        return len({network for _, network in self.worn}) < len(self.worn)
+
+    @property
+    def animation(self) -> dict[str, int]:
+        """How PIL saves the frames of a video: milliseconds each, over and over."""
+        return {"duration": round(1000 / self.fps), "loop": 0}
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """All arguments of pipe(prompt, ...)."""
         return self.sampler.call | self.call
+
+    def into(self, network: str) -> dict[str, bool]:
+        """What `load_lora_weights` must be told to load a file into a network of the pipeline."""
+        return {} if network == self.network else {f"load_into_{network}": True}
 
     @property
     def base(self) -> str:
@@ -110,7 +131,7 @@ class Serving:
                 int(n): Sampler(**sampler | {"students": tuple(sampler["students"])}) for n, sampler in tree["samplers"].items()
             }
             files = {form: tuple(names) for form, names in tree["files"].items()}
-            tree |= {key: tuple(tree[key]) for key in ("prompts", "size")}
+            tree |= {key: tuple(tree[key]) for key in ("prompts", "size")} | {"worn": tuple(map(tuple, tree["worn"]))}
             loras = tuple(LoraSource(**lora) for lora in tree.get("loras", ()))
             return cls(**tree | {"samplers": samplers, "files": files, "loras": loras})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -128,25 +149,23 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     It needs no weights: called before training, it refuses a student that could not be exported.
 
     Raises:
-        UserError: it cannot be sampled in that many steps, no stock scheduler can do it, or it makes videos.
+        UserError: it cannot be sampled in that many steps, or no stock pipeline can do it.
     """
-    recipe, family = distillation.recipe, distillation.family
-    if family.frames is not None:
-        raise UserError(
-            f"{recipe.model.source}: a {family.pipeline} makes videos, and only students that draw pictures can be sampled and "
-            f"exported so far; train it from Python (stepdistill.assemble, stepdistill.trainer)"
-        )
-    how = distillation.inference(steps)
+    recipe, family, how = distillation.recipe, distillation.family, distillation.inference(steps)
+    worn = wearers(family, how)
     samplers = {}
     for n in sorted({*STEPS, *distillation.counts} - {len(how.hops)}):
         with _skipping():
-            samplers[n] = _sampler(distillation, n)
+            if set(wearers(family, distillation.inference(n))) <= set(worn):
+                samplers[n] = _sampler(distillation, n)
     samplers[len(how.hops)] = _sampler(distillation, steps)
     if recipe.lora is None:  # those programs load LoRA files
         samplers = {n: dataclasses.replace(sampler, comfyui=None, a1111=None) for n, sampler in samplers.items()}
     source = recipe.model.source
     folder = source not in embedded_models() and Path(source).is_dir()
     size = {} if family.size == family.native else dict(zip(("height", "width"), family.size, strict=True))
+    if family.frames is not None:  # what a video's pipeline makes by itself is not always what its network was made for
+        size = dict(zip(("height", "width", "num_frames"), (*family.size, family.frames), strict=True))
     packages, lora = ("diffusers", "torch", "peft"), None
     if recipe.lora:  # scale 1 is what was trained; on other fine-tunes of the same base less often looks better
         lora = {"rank": recipe.lora.rank, "alpha": recipe.lora.rank, "scale": 1.0, "scale_range": [0.5, 1.0]}
@@ -161,9 +180,11 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         dtype=recipe.model.dtype,
         size=family.size,
         frames=family.frames,
+        fps=family.fps,
         strategy=strategy_name(recipe.strategy),
         steps=len(how.hops),
         samplers=dict(sorted(samplers.items())),
+        worn=worn,
         call={"guidance_scale": family.sampler_guidance if how.guidance is None else how.guidance} | size,
         reseed=how.draws and family.kind == "flow",
         lora=lora,
@@ -174,10 +195,35 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     )
 
 
+def wearers(family: Family, how: Inference) -> tuple[Part, ...]:
+    """Which student plays which network of the pipeline, in the order of the steps; one student plays all of them.
+
+    Raises:
+        UserError: no stock pipeline can ask the networks in the way that this student was trained.
+    """
+    if how.told is not None and len({family.asked(time) for time in (how.told, *(hop.time for hop in how.hops))}) > 1:
+        raise UserError(
+            f"a stock pipeline cannot sample this student: the network hears time {how.told:g} at every step, but a "
+            f"{family.pipeline} chooses between its experts by the time of the step; choose another strategy"
+        )
+    students = tuple(dict.fromkeys(hop.role for hop in how.hops))
+    if len(students) == 1:
+        return tuple((students[0], network) for network in family.networks)
+    worn = tuple(dict.fromkeys((hop.role, family.asked(hop.time)) for hop in how.hops))
+    if len(family.networks) > 1 and len({network for _, network in worn}) < len(worn):
+        steps = ", ".join(f"{hop.role} asks {family.asked(hop.time)} at {hop.time:.4g}" for hop in how.hops)
+        raise UserError(
+            f"a stock pipeline cannot sample these students: they would share an expert of a {family.pipeline} ({steps}); "
+            f"choose phases and times such that each expert belongs to one student"
+        )
+    return worn
+
+
 def _sampler(distillation: Distillation, steps: int | None) -> Sampler:
     family, how = distillation.family, distillation.inference(steps)
     try:
-        found = find_sampler(family.schedule, family.kind, family.pipe.scheduler.config, how, family.passes_sigmas)
+        config = family.pipe.scheduler.config
+        found = find_sampler(family.schedule, family.kind, config, how, family.passes_sigmas, family.takes)
     except ValueError as error:
         raise UserError(f"a stock pipeline cannot sample this student: {error}") from None
     told = None if how.told is None else family.timestep(torch.tensor(how.told)).item()

@@ -9,7 +9,7 @@ original_inference_steps T visits T - 1 - floor(T k / N), ours where N divides T
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from .schedules import RectifiedFlow, Schedule, VariancePreserving
 
 TOLERANCE = 2e-5  # of the trial: float32 rounding, and the 7e-6 by which LCMScheduler leans on its input at timestep 19
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # kinds, as DDPM-table schedulers call them
+LISTS = ("sigmas", "timesteps")  # arguments of pipelines that choose any grid
 TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -47,12 +48,18 @@ class Sampler:
 
 
 def find_sampler(
-    schedule: Schedule, kind: Kind, config: Mapping[str, Any], how: Inference, passes_sigmas: bool = False
+    schedule: Schedule,
+    kind: Kind,
+    config: Mapping[str, Any],
+    how: Inference,
+    passes_sigmas: bool = False,
+    takes: Collection[str] = LISTS,
 ) -> Sampler:
     """The stock sampler that takes the same steps as `sampling.sample`; its `told` is for those who know the network's units.
 
     config: of the teacher's own scheduler, whose noise table (if it has one) the result copies.
     passes_sigmas: the pipeline hands its scheduler the sigmas 1 - k/n itself, see `Family`.
+    takes: which of LISTS the pipeline has as arguments.
 
     Raises:
         ValueError: a stock pipeline cannot do what `how` says; the message says why.
@@ -62,6 +69,9 @@ def find_sampler(
     proposals = on_flow(schedule, config, how, passes_sigmas) if flow else on_table(schedule, kind, config, how)
     tried = []
     for sampler in proposals:
+        if lacks := [name for name in LISTS if name in sampler.call and name not in takes]:
+            tried.append(f"the pipeline takes no {lacks[0]}")
+            continue
         off = deviation(sampler, schedule, kind, how, passes_sigmas)
         if off <= TOLERANCE:
             full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
@@ -121,7 +131,7 @@ def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any]
 def on_flow(
     schedule: RectifiedFlow, config: Mapping[str, Any], how: Inference, passes_sigmas: bool = False
 ) -> Iterator[Sampler]:
-    """Proposals for rectified flow: the teacher's trailing grid by config alone, then any grid as `sigmas`.
+    """Proposals for rectified flow: a grid like a teacher's trailing one by config alone, then any grid as `sigmas`.
 
     Raises:
         ValueError: the sampler renoises in part.
@@ -131,14 +141,32 @@ def on_flow(
     n, size = len(how.hops), config.get("num_train_timesteps", 1000)
     name = "FlowMatchLCMScheduler" if how.draws else "FlowMatchEulerDiscreteScheduler"
     plain = {"num_train_timesteps": size, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    times = [hop.time for hop in how.hops]
     if passes_sigmas:
         yield Sampler(name, plain | {"shift": schedule.shift}, {"num_inference_steps": n})
-    elif n == 1:
+    if n == 1:
         yield Sampler(name, plain, {"num_inference_steps": 1})
-    else:
-        stretched = {"shift": flow_shift(schedule.shift, n, size), "shift_terminal": how.hops[-1].time}
+    elif shift := shift_of(times, schedule.shift):
+        stretched = {"shift": shift if passes_sigmas else flow_shift(shift, n, size), "shift_terminal": times[-1]}
         yield Sampler(name, plain | stretched, {"num_inference_steps": n})
-    yield Sampler(name, plain, {"num_inference_steps": n, "sigmas": [hop.time for hop in how.hops]})
+    yield Sampler(name, plain, {"num_inference_steps": n, "sigmas": times})
+
+
+def shift_of(times: Sequence[float], default: float) -> float | None:
+    """The shift S whose grid S u / (1 + (S - 1) u), u = 1 - k/n, stretched about 1, goes through times[1] and times[-1].
+
+    1 less that grid is k / (S n - (S - 1) k). So k / (1 - times[k]) must fall by S - 1 a step from S n, both up to a factor.
+    `default` if there are too few times to say; None if no shift does it.
+    """
+    n = len(times)
+    if n < 3:
+        return default
+    if not all(time < 1 for time in times[1:]):
+        return None
+    first, last = 1 / (1 - times[1]), (n - 1) / (1 - times[-1])
+    fall = (first - last) / (n - 2)
+    inverse = 1 - n * fall / (first + fall)
+    return 1 / inverse if inverse > 0 else None
 
 
 def flow_shift(shift: float, n: int, size: int) -> float:

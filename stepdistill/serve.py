@@ -18,6 +18,8 @@ from .families.load import load_pipeline_folder, quiet
 from .families.loras import fuse_loras, load_kohya
 from .inference import WHOLE, Serving, find_export, read_export
 
+SUFFIXES = {False: (".png",), True: (".webp", ".png", ".gif")}  # of pictures, and of videos; the first is written unasked
+
 
 def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPipeline:
     """A fresh stock pipeline with one of the export's formats (a key of `told.files`) on it, and the scheduler set.
@@ -35,12 +37,13 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
         else:
             pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant)
             fuse_loras(pipe, told.loras)
-            for student, file in zip(told.students, files, strict=True):
+            for (student, network), file in zip(told.worn, files, strict=True):
                 load = load_kohya if form == "kohya" else type(pipe).load_lora_weights
-                load(pipe, folder, weight_name=file, adapter_name=student if len(files) > 1 else None)
+                name = student if told.take_turns else None
+                load(pipe, folder, weight_name=file, adapter_name=name, **told.into(network))
             net = getattr(pipe, told.network)
             calls = [with_adapter(pipe, student, net.forward) for student in told.students]
-        if len(files) > 1:
+        if told.take_turns:
             take_turns(net, [calls[told.students.index(student)] for student in told.sampler.students])
         if told.sampler.told is not None:
             tell(net, told.sampler.told)
@@ -106,9 +109,9 @@ def load_pipeline(run_folder: Path | str, steps: int | None = None) -> diffusers
 
 
 def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, out: Path | None = None) -> Path:
-    """Draw one picture, a PNG, with the stock pipeline of a run or export folder; returns its path.
+    """Draw one picture, a PNG, or one video, an animation, with the stock pipeline of a run or export folder; returns its path.
 
-    out: None: a name made of prompt, steps and seed, in the folder where the command runs.
+    out: its suffix is one of SUFFIXES; None: a name made of prompt, steps and seed, in the folder where the command runs.
 
     Raises:
         UserError: an empty prompt, a seed or number of steps that does not exist, or an `out` that cannot be written.
@@ -119,13 +122,17 @@ def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, 
         raise UserError(f"--seed {seed} is not a 64-bit number")
     told = read_export(find_export(run)).at(steps)
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
-    out = out or Path(f"{words}_{told.steps}steps_seed{seed}.png")
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out} must end in .png")
+    suffixes = SUFFIXES[told.frames is not None]
+    out = out or Path(f"{words}_{told.steps}steps_seed{seed}{suffixes[0]}")
+    if out.suffix.lower() not in suffixes:
+        raise UserError(f"--out {out} must end in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
     pipe = load_pipeline(run, steps)
     with torch.random.fork_rng():  # one seed for the pipeline's generator and for schedulers that take no generator
-        image = pipe(prompt, generator=torch.manual_seed(seed), **told.arguments).images[0]
-    image.save(out)
+        made = pipe(prompt, generator=torch.manual_seed(seed), output_type="pil", return_dict=False, **told.arguments)[0][0]
+    if told.frames is None:
+        made.save(out)
+    else:
+        made[0].save(out, save_all=True, append_images=made[1:], **told.animation)
     return out

@@ -63,6 +63,11 @@ CASES = {  # of exports: teacher, strategy, overrides
     "boot-flux": ("flux", "{name: boot, guidance: 1}", ["data.resolution=16"]),
     "lcm-told-guidance": ("eps", "{name: lcm, embed_guidance: 3.0}", ["lora=null"]),
     "dmd2-flow-whole": ("flow", "{name: dmd2}", ["lora=null"]),
+    "dmd2-wan-renoising": ("wan", "{name: dmd2, renoise: true}", ["data.resolution=32", "data.frames=5"]),
+    "phased-wan-whole": (
+        *("wan", "{name: phased_dmd, phase_steps: 1}"),
+        ["train.steps=2", "lora=null", "data.resolution=32", "data.frames=5"],
+    ),
     "tscd-eps": ("eps", "{name: tscd, segments: [1], mix: [0.1], eta: 0.3}", ["train.ema=0.9"]),
     "tscd-own-steps-eps": ("eps", "{name: tscd, segments: [4], mix: [0.0]}", []),
     "tscd-flow": ("flow", "{name: tscd, segments: [1], mix: [0.0]}", []),

@@ -6,6 +6,7 @@ from worlds import SD_SCHEDULER, VP
 from stepdistill.families.base import read_kind, read_schedule
 from stepdistill.samplers import TOLERANCE, Sampler, deviation, find_sampler
 from stepdistill.sampling import Hop, Inference, trailing
+from stepdistill.schedules import RectifiedFlow
 
 TEACHERS = {
     "eps": DDIMScheduler(**SD_SCHEDULER, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
@@ -67,6 +68,24 @@ def test_a_pipeline_that_passes_sigmas_needs_only_the_shift(renoise, n):
     scheduler.set_timesteps(sigmas=[1 - k / n for k in range(n)])  # as FluxPipeline does
     assert sampler.call == {"num_inference_steps": n} and sampler.comfyui is None
     assert scheduler.sigmas.tolist() == pytest.approx([*SIGMAS["shift3"][n], 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("times", [(1.0, 0.5, 0.45), (1.0, 0.8, 0.3), (1.0, 0.5), (1.0,)])
+@pytest.mark.parametrize("passes_sigmas", [True, False])
+def test_up_to_three_steps_need_no_list_of_times_if_they_begin_at_noise_and_fall_ever_slower_or_evenly(times, passes_sigmas):
+    how = Inference(tuple(map(Hop, times)), renoise=False)
+    found = find_sampler(read_schedule(TEACHERS["shift3"]), "flow", TEACHERS["shift3"].config, how, passes_sigmas, takes=())
+    assert found.call == {"num_inference_steps": len(times)}  # it has been tried on numbers
+
+
+@pytest.mark.parametrize("times", [(0.98, 0.5), (1.0, 0.934, 0.853, 0.609)])
+def test_times_that_only_a_list_can_give_are_refused_where_the_pipeline_takes_none(times):
+    how = Inference(tuple(map(Hop, times)), renoise=False)
+    with pytest.raises(ValueError, match="the pipeline takes no sigmas"):
+        find_sampler(RectifiedFlow(3.0), "flow", {}, how, takes={"timesteps"})
+    assert find_sampler(RectifiedFlow(3.0), "flow", {}, how, takes={"sigmas"}).call["sigmas"] == list(times)
+    with pytest.raises(ValueError, match="the pipeline takes no timesteps"):
+        find_sampler(VP, "eps", SD_SCHEDULER, Inference((Hop(399 / 999),)), takes=())
 
 
 def test_the_plain_flow_config_is_the_documented_one():

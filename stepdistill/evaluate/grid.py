@@ -15,7 +15,7 @@ from ..sampling import Inference, trailing
 from ..show import Line
 from .walks import Walk, sampler, student_walk
 
-COLUMNS, CELL, MARGIN, HEAD = 8, 128, 150, 64  # pictures a row; pixels: a picture's side, of row labels, of prompts
+COLUMNS, CELL, MARGIN, HEAD = 8, 128, 150, 64  # pictures a row; pixels: a picture's width, of row labels, of prompts
 
 
 class Samples:
@@ -47,7 +47,8 @@ class Samples:
         return path
 
     def pictures(self, walk: Walk) -> np.ndarray:
-        return sampler(self.distillation, walk, self.distillation.recipe.eval.seed)(self.prompts, 0)
+        wanted = self.distillation.recipe.eval
+        return sampler(self.distillation, walk, wanted.seed, wanted.batch)(self.prompts, 0)
 
     def teacher_walk(self, n: int) -> Walk:
         """First-order steps of the guided teacher."""
@@ -60,9 +61,9 @@ class Samples:
         roles = self.distillation.students()
         cond = self.distillation.family.encode_prompts(self.prompts[:1])
         x = torch.ones(1, *self.distillation.family.shape, device=roles.teacher.net.device)
-        t = x.new_full([1], 0.5)
-        name = next(name for name in roles if name.startswith("student"))
-        if step and torch.equal(roles[name](x, t, cond).x0, roles.teacher(x, t, cond).x0):
+        hop = next(hop for hop in self.distillation.inference().hops if hop.role.startswith("student"))
+        t = x.new_full([1], hop.time)
+        if step and torch.equal(roles[hop.role](x, t, cond).x0, roles.teacher(x, t, cond).x0):
             self.line.say(f"warning: after {step} steps the student still equals the teacher; is its learning rate too low?")
 
 
@@ -82,20 +83,20 @@ def plural(n: int) -> str:
 
 
 def draw_grid(rows: list[tuple[str, np.ndarray]], prompts: list[str]) -> Image.Image:
-    """Rows of (label, uint8 pictures [N, H, W, 3]) under their prompts."""
+    """Rows of (label, uint8 pictures [N, H, W, 3], all of one size) under their prompts."""
     font = ImageFont.load_default(13)
     small = ImageFont.load_default(11)
-    grid = Image.new("RGB", (MARGIN + CELL * len(prompts), HEAD + CELL * len(rows)), "white")
+    height, width = rows[0][1].shape[1:3]
+    tall = round(CELL * height / width)  # of a cell that is CELL wide
+    grid = Image.new("RGB", (MARGIN + CELL * len(prompts), HEAD + tall * len(rows)), "white")
     pen = ImageDraw.Draw(grid)
     for k, prompt in enumerate(prompts):
         lines = textwrap.wrap(prompt, 22)
         text = "\n".join(lines[:4]) + (" ..." if len(lines) > 4 else "")
         pen.multiline_text((MARGIN + CELL * k + 5, 4), text, "black", small, spacing=2)
     for r, (label, pictures) in enumerate(rows):
-        pen.multiline_text((8, HEAD + CELL * r + CELL // 2 - 26), label, "black", font, spacing=4)
+        pen.multiline_text((8, HEAD + tall * r + tall // 2 - 26), label, "black", font, spacing=4)
         for k, picture in enumerate(pictures):
-            cell = Image.fromarray(picture).resize(
-                (CELL - 4, CELL - 4), Image.NEAREST if len(picture) < CELL else Image.LANCZOS
-            )
-            grid.paste(cell, (MARGIN + CELL * k + 2, HEAD + CELL * r + 2))
+            cell = Image.fromarray(picture).resize((CELL - 4, tall - 4), Image.NEAREST if width < CELL else Image.LANCZOS)
+            grid.paste(cell, (MARGIN + CELL * k + 2, HEAD + tall * r + 2))
     return grid

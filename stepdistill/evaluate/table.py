@@ -32,6 +32,9 @@ def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
     if recipe.data.prompts != EMBEDDED_DATA:
         line.say(f"no table: figures are measured on the embedded world (data.prompts: {EMBEDDED_DATA}) only")
         return []
+    if distillation.family.frames is not None:
+        line.say("no table: figures are of pictures, and this student makes videos")
+        return []
     rows = None if recipe.model.loras else shipped(recipe.model.source, recipe.eval.n)
     if rows is None:
         line.say("the teacher's figures do not ship for this model: measuring them (25 steps take the most)")

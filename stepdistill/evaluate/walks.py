@@ -95,6 +95,13 @@ def sampler(distillation: Distillation, walk: Walk, seed: int = 0, batch: int = 
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3], rounded as diffusers does."""
+    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3], rounded as diffusers does; of videos see `strip`."""
+    images = strip(images) if images.ndim == 5 else images
     scaled = (images.float().cpu() / 2 + 0.5).clamp(0, 1) * 255
     return scaled.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def strip(videos: Tensor) -> Tensor:
+    """[N, 3, frames, H, W] -> [N, 3, 3 H, W]: the first frame, below it the middle one, and the last."""
+    last = videos.shape[2] - 1
+    return torch.cat([videos[:, :, k] for k in (0, last // 2, last)], -2)

@@ -29,6 +29,7 @@ class Family(ABC):
     sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
     guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
     frames: int | None = None  # of a video, [B, 3, frames, H, W] in pixels; None: pictures. The default of the pipeline
+    fps: float | None = None  # frames a second of its videos
     passes_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler the sigmas 1 - k/n, unless it is told others
 
     def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
@@ -127,6 +128,25 @@ class Family(ABC):
         """Height and width in pixels that the network was made for."""
         side = self.net.config.sample_size * self.factor
         return side, side
+
+    @property
+    def frame_multiple(self) -> int:
+        """What the frames of a video after its first must be a multiple of."""
+        return 1
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Attributes of the pipeline whose networks make up `net`, each with what the names of its parameters begin with."""
+        return {self.net_name: ""}
+
+    def asked(self, time: float) -> str:
+        """Which of `networks` the pipeline asks at a time in [0, 1]."""
+        return self.net_name
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Which lists of times the pipeline's caller may give: sigmas, timesteps, both or neither."""
+        return frozenset({"sigmas", "timesteps"} & inspect.signature(self.pipe.__call__).parameters.keys())
 
     def packed(self, latents: Tensor) -> Tensor:
         """Latents [B, ...] as the pipeline's own `latents` argument wants them."""

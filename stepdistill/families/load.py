@@ -78,7 +78,8 @@ def load_family(
 
 
 def check_size(family: Family) -> None:
-    """Raises UserError for a size that the autoencoder and the network cannot divide, and for frames of a picture."""
+    """Raises UserError for a size or a number of frames that the autoencoder and the network cannot divide, and for frames of
+    a picture."""
     (height, width), step = family.size, family.multiple
     if height % step or width % step:
         nearest = [max(step, round(edge / step) * step) for edge in family.size]
@@ -88,3 +89,9 @@ def check_size(family: Family) -> None:
         )
     if family.frames is not None and type(family).frames is None:
         raise UserError(f"data.frames {family.frames}: a {family.pipeline} makes pictures; leave it out")
+    if family.frames is not None and (family.frames - 1) % (every := family.frame_multiple):
+        below = 1 + (family.frames - 1) // every * every
+        raise UserError(
+            f"data.frames {family.frames}: a {family.pipeline} makes 1 frame and then {every} at a time; "
+            f"the nearest are {below} and {below + every}"
+        )

@@ -21,7 +21,6 @@ class Wan(Family):
 
     pipeline = "WanPipeline"
     frames = 81  # 5 seconds
-    native = (480, 832)
     lora_targets = (*Family.lora_targets, "ffn.net.0.proj", "ffn.net.2", "time_proj", "proj_out")
 
     def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
@@ -39,14 +38,9 @@ class Wan(Family):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Videos [B, 3, frames, H, W] in [-1, 1] -> latents (the posterior's mean).
-
-        Raises:
-            ValueError: pictures.
-        """
-        if images.ndim != 5:
-            raise ValueError(f"images of shape {list(images.shape)} are no videos [B, 3, frames, H, W], and Wan makes videos")
+        """Videos [B, 3, frames, H, W] in [-1, 1], or pictures (videos of one frame) -> latents (the posterior's mean)."""
         vae = self.pipe.vae
+        images = images if images.ndim == 5 else images[:, :, None]
         mean, std = self.moments()
         return ((vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean - mean) / std).float()
 
@@ -62,12 +56,33 @@ class Wan(Family):
         return both[0, :, None, None, None], both[1, :, None, None, None]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        length = 1 + (self.frames - 1) // self.pipe.vae.config.scale_factor_temporal
+        length = 1 + (self.frames - 1) // self.frame_multiple
         return (self.net.config.in_channels, length, height // self.factor, width // self.factor)
 
     @property
     def factor(self) -> int:
         return self.pipe.vae.config.scale_factor_spatial
+
+    @property
+    def frame_multiple(self) -> int:
+        return self.pipe.vae.config.scale_factor_temporal
+
+    @property
+    def native(self) -> tuple[int, int]:
+        return (704, 1280) if self.pipe.config.expand_timesteps else (480, 832)
+
+    @property
+    def fps(self) -> float:
+        return 24.0 if self.pipe.config.expand_timesteps else 16.0
+
+    @property
+    def networks(self) -> dict[str, str]:
+        experts = ("transformer", "transformer_2")
+        return {name: f"{name}." for name in experts} if isinstance(self.net, Experts) else super().networks
+
+    def asked(self, time: float) -> str:
+        low = isinstance(self.net, Experts) and 1000 * time < self.net.boundary
+        return "transformer_2" if low else "transformer"
 
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net if isinstance(net, Experts) else middle(net)

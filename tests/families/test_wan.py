@@ -1,18 +1,31 @@
 """Wan 2.1, Wan 2.2 with its two experts, and its single network with times for each token, against the stock pipeline."""
 
+from dataclasses import replace
+
 import pipelines
 import pytest
 import torch
+from PIL import Image
 from pipelines import PROMPTS, watch
+from safetensors.torch import load_file, save_file
 from students import student
 from torch import nn
 
+from stepdistill.data import build_batches
 from stepdistill.errors import UserError
+from stepdistill.evaluate.grid import CELL, HEAD, Samples
+from stepdistill.evaluate.walks import strip, student_walk
+from stepdistill.export import ExportMismatch, check_export, write_export
 from stepdistill.families import FAMILIES, Wan
+from stepdistill.families.load import check_size
 from stepdistill.families.wan import Experts
-from stepdistill.inference import serving
+from stepdistill.inference import read_export, serving, wearers
+from stepdistill.lora_files import NAME
 from stepdistill.roles import Denoiser, build_roles, enable_checkpointing
+from stepdistill.sampling import Inference
 from stepdistill.schedules import RectifiedFlow
+from stepdistill.serve import sample_run
+from stepdistill.show import Line
 
 VARIANTS = {"one": {}, "experts": {"boundary_ratio": 0.875}, "token_times": {"expand_timesteps": True}}
 HOW = {"height": 32, "width": 32, "num_frames": 5}
@@ -88,8 +101,8 @@ def test_decode_and_encode_are_the_pipeline_s():
     assert torch.allclose((decoded / 2 + 0.5).clamp(0, 1).transpose(1, 2), pixels, rtol=0, atol=1e-5)
     decoded.sum().backward()
     assert latents.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="are no videos"):
-        family.encode(torch.zeros(1, 3, 32, 32))
+    picture = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(family.encode(picture), family.encode(picture[:, :, None]))
 
 
 def test_encode_undoes_decode_in_scale(monkeypatch):
@@ -199,6 +212,105 @@ def test_lora_targets_reach_every_kind_of_layer():
     }
 
 
-def test_what_cannot_be_exported_is_refused_before_training(tmp_path):
-    with pytest.raises(UserError, match="WanPipeline makes videos, and only students that draw pictures"):
-        serving(student(tmp_path, "wan", strategy="{name: dmd2}"))
+SMALL = ("data.resolution=32", "data.frames=5")
+
+
+def phased(folder, **strategy):
+    times = ", ".join(f"{key}: {value}" for key, value in {"phase_steps": 1, **strategy}.items())
+    return student(folder, "wan", "train.steps=3", *SMALL, strategy=f"{{name: phased_dmd, {times}}}")
+
+
+def test_a_phase_that_is_an_expert_s_is_a_file_of_its_own(tmp_path):
+    """At shift 3 the second of four steps is at 0.9, above the boundary, and the third below: two files, no turns, and
+    what a student never learnt (the other's expert) is in neither."""
+    made = phased(tmp_path)
+    write_export(made, tmp_path / "e")
+    told = read_export(tmp_path / "e")
+    assert told.worn == (("student_1", "transformer"), ("student_2", "transformer_2")) and not told.take_turns
+    assert told.files["diffusers"] == (NAME, "pytorch_lora_weights_transformer_2.safetensors")
+    for (who, network), file in zip(told.worn, told.files["diffusers"], strict=True):
+        state, learnt = load_file(tmp_path / "e" / file), made.roles[who].named_parameters()
+        assert state.keys() == {f"transformer.{n.split('.', 1)[1]}" for n in learnt if n.startswith(f"{network}.")}
+        assert all(torch.equal(x, learnt[name.replace("transformer", network, 1)]) for name, x in state.items())
+    assert 4 in told.samplers and 8 not in told.samplers
+
+
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        ({"times": [1.0, 0.8, 0.6, 0.4]}, "student_1 asks transformer_2 at 0.8"),
+        ({"steps": 3, "phases": 3}, "student_2 asks transformer_2 at 0.8571, student_3 asks transformer_2"),
+    ],
+)
+def test_students_who_would_share_an_expert_are_refused_before_training(tmp_path, strategy, told):
+    with pytest.raises(UserError, match=f"they would share an expert of a WanPipeline.*{told}"):
+        serving(phased(tmp_path, **strategy))
+
+
+def test_a_student_that_hears_another_expert_s_time_is_refused(tmp_path):
+    made = student(tmp_path, "wan", *SMALL, strategy="{name: dmd2, steps: 1}")
+    how = Inference(made.inference().hops, told=0.5)
+    with pytest.raises(UserError, match=r"hears time 0.5 at every step"):
+        wearers(made.family, how)
+    assert len(wearers(made.family, replace(how, told=0.9))) == 2
+
+
+def test_the_second_expert_s_file_is_checked(tmp_path):
+    made = student(tmp_path, "wan", *SMALL, strategy="{name: dmd2}")
+    write_export(made, tmp_path / "e", ("diffusers", "fused"))
+    second = tmp_path / "e" / "pytorch_lora_weights_transformer_2.safetensors"
+    save_file({name: torch.zeros_like(x) for name, x in load_file(second).items()}, second)
+    with pytest.raises(ExportMismatch, match=f"tensors of {second.name} differ"):
+        check_export(made, tmp_path / "e")
+
+
+@pytest.mark.parametrize("suffix", ["webp", "png", "gif"])
+def test_a_video_is_drawn(made, tmp_path, suffix):
+    _, out = made["dmd2-wan-renoising"]
+    file = sample_run(out, "a red cat", out=tmp_path / f"x.{suffix}")
+    with Image.open(file) as video:
+        assert (video.n_frames, video.size) == (5, (32, 32))
+        video.seek(1)
+        video.load()  # a WebP tells its duration only then
+        assert video.info["duration"] == pytest.approx(1000 / 16, abs=4)  # a GIF counts in hundredths
+
+
+def test_a_video_has_no_still_s_suffix(made, tmp_path):
+    with pytest.raises(UserError, match=r"must end in .webp or .png or .gif"):
+        sample_run(made["dmd2-wan-renoising"][1], "a red cat", out=tmp_path / "x.jpg")
+
+
+def test_the_card_of_a_video(made):
+    text = (made["dmd2-wan-renoising"][1] / "README.md").read_text()
+    for part in ('pipeline_tag: "text-to-video"', "a video of 5 frames at 32 x 32", "one for each expert", "export_to_video"):
+        assert part in text
+    assert "load_into_transformer_2=True" in text and "reproducible only through" in text
+
+
+def test_a_grid_shows_frames_below_each_other(made, tmp_path):
+    distillation, _ = made["dmd2-wan-renoising"]
+    samples = Samples(distillation, tmp_path, Line())
+    shown = samples.pictures(student_walk(distillation, distillation.inference(2)))
+    assert shown.shape == (2, 96, 32, 3)
+    with Image.open(samples(0)) as grid:
+        assert grid.height == HEAD + 3 * CELL * (1 + 2 * len(distillation.counts))
+
+
+def test_a_strip_is_of_the_first_middle_and_last_frame():
+    frames = torch.arange(9.0)[None, None, :, None, None].expand(1, 3, 9, 2, 4)
+    assert strip(frames)[0, 0, :, 0].tolist() == [0, 0, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(("frames", "nearest"), [(80, "77 and 81"), (4, "1 and 5")])
+def test_frames_that_the_autoencoder_cannot_divide(frames, nearest):
+    with pytest.raises(UserError, match=f"data.frames {frames}: a WanPipeline makes 1 frame.*{nearest}"):
+        check_size(Wan(pipelines.wan(), (32, 32), frames))
+    check_size(Wan(pipelines.wan(), (32, 32), 81))
+
+
+def test_pictures_teach_videos_of_one_frame_only(tmp_path):
+    with pytest.raises(UserError, match=r"data.frames 5: strategy lcm learns from data.images.*set data.frames to 1"):
+        student(tmp_path, "wan", *SMALL, strategy="{name: lcm}")
+    made = student(tmp_path, "wan", "data.resolution=32", "data.frames=1", "data.count=4", strategy="{name: lcm}")
+    batch, _ = build_batches(made.recipe, made.family)(0, 0)
+    assert batch.x0.shape[1:] == made.family.shape == (16, 1, 4, 4)
