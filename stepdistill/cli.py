@@ -114,6 +114,20 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, metavar="DIR", help="otherwise the recipe's pairs.folder, or pairs/NAME")
 
     made = verb(
+        "merge",
+        merge,
+        "Fold several LoRA files of one architecture into one, exactly, or compressed to a rank.",
+        "stepdistill merge runs/fast style.safetensors --weights 1.0,0.7 --out both.safetensors",
+        "stepdistill merge a.safetensors b.safetensors@0.5 --rank 32 --format kohya --out both_kohya.safetensors",
+    )
+    made.add_argument("loras", metavar="LORA", nargs="+", help="a file, run or export folder, as name or name@0.7")
+    made.add_argument("--weights", type=floats, default=(), metavar="LIST", help="one for each; otherwise 1")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new .safetensors file")
+    made.add_argument("--rank", type=positive, metavar="R", help="compress every layer to it; otherwise nothing is lost")
+    spelling = "diffusers (also ComfyUI's, but for SD 1.5 and SDXL), or kohya"
+    made.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help=spelling)
+
+    made = verb(
         "validate",
         validate,
         "Check recipes, and what they name as far as that is there.",
@@ -151,6 +165,14 @@ def formats(text: str) -> tuple[str, ...]:
         if name not in FORMATS:
             raise argparse.ArgumentTypeError(f"unknown format {name}; there are {', '.join(FORMATS)}")
     return chosen
+
+
+def floats(text: str) -> tuple[float, ...]:
+    """The numbers in a list like 1.0,0.7."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be numbers with commas between them, as in 1.0,0.7") from None
 
 
 def positive(text: str) -> int:
@@ -205,6 +227,12 @@ def pairs(args) -> None:
 
     folder = make(load_recipe(args.recipe, args.overrides, pairs=False), args.out)
     print(f"{folder} is complete; then: stepdistill train {args.recipe} pairs.folder={folder}")
+
+
+def merge(args) -> None:
+    from .merge import merge as fold
+
+    print(fold(args.loras, args.out, args.weights, args.rank, args.format))
 
 
 def validate(args) -> None:

@@ -298,4 +298,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("kohya.py", "torch.block_diag(*blocks)", "torch.cat(blocks).repeat(1, len(blocks))", "kohya"),
     ("kohya.py", "float(alpha) * len(parts)", "float(alpha)", "kohya"),
     ("kohya.py", "if layer in SWAPPED:", "if False:", "kohya"),
+    ("merge.py", "Layer(layer.down, weight * layer.up)", "Layer(weight * layer.down, weight * layer.up)", "merge"),
+    ("merge.py", "v[:, :rank].T, u[:, :rank] * root", "v[:, :rank].T, u[:, :rank]", "merge"),
+    ("families/spellings.py", "(rank if alpha is None else alpha) / rank", "1.0", "merge"),
 ]

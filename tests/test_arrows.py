@@ -50,6 +50,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "sources": set(),
     "lora_sources": {"sources"},
     "kohya": set(),
+    "merge": {"errors", "families", "kohya", "lora_sources"},
     "listing": {"errors", "sources"},
     "doctor": {"sources"},
     "checkpoint": {"errors"},
