@@ -20,7 +20,7 @@ from stepdistill.families import FAMILIES, Wan
 from stepdistill.families.load import check_size
 from stepdistill.families.wan import Experts
 from stepdistill.inference import read_export, serving, wearers
-from stepdistill.lora_files import NAME
+from stepdistill.lora_sources import NAME
 from stepdistill.roles import Denoiser, build_roles, enable_checkpointing
 from stepdistill.sampling import Inference
 from stepdistill.schedules import RectifiedFlow
