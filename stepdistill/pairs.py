@@ -17,9 +17,9 @@ from torch import Tensor
 from . import distributed
 from .assemble import Distillation, assemble
 from .batch import seed_of
-from .data.build import encode_texts
 from .data.pairs import begin, noise_of, write_shard
 from .data.prompts import read_prompts
+from .data.texts import encode_texts
 from .errors import UserError
 from .lora_sources import identities
 from .recipe import Recipe, strategy_name

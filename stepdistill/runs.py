@@ -23,7 +23,7 @@ from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
 from .trainer import Trainer
 
-FREE = ("train.steps", "train.save_every", "eval")  # keys that a run may change when it goes on
+FREE = ("train.steps", "train.save_every", "data.cache", "eval")  # keys that a run may change when it goes on
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     pairs = Path(recipe.pairs.folder or run.folder / "pairs")
     if "pairs" in recipe.strategy.needs and recipe.pairs.folder is None:
         make_pairs(distillation, pairs, line)
-    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line.report, pairs))
+    cache = Path(recipe.data.cache or run.folder.parent / "cache")
+    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line, pairs, cache))
     if start is not None:
         trainer.load(start)
         line.say(f"going on from {start} at step {trainer.at}")

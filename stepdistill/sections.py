@@ -44,6 +44,7 @@ class Data:
     # side, or [height, width], in pixels; null: what the network was made for
     resolution: int | tuple[int, int] | None = ranged(None, low=8, high=8192)
     frames: int | None = ranged(None, low=1)  # of videos; null: as many as the pipeline makes by itself
+    cache: Place | None = None  # folder of encoded prompts and pictures, for any number of runs; null: cache/ beside the run's
 
     @property
     def size(self) -> tuple[int, int] | None:

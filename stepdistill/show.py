@@ -22,6 +22,7 @@ class Line:
     def __init__(self, stream: TextIO | None = None, every: float = 15.0):
         self.stream, self.every = stream or sys.stderr, every
         self.live, self.last, self.open = self.stream.isatty(), -every, False
+        self.began: dict[str, tuple[float, int]] = {}  # job -> when it was first reported, and how much was done
 
     def __call__(self, text: str, final: bool = False) -> None:
         """Show text; final keeps it and ends the line."""
@@ -36,8 +37,13 @@ class Line:
         self.last, self.open = now, self.live and not final
 
     def report(self, what: str, done: int, of: int) -> None:
-        """Progress of a countable job."""
-        self(f"{what}: {done}/{of}", final=done == of)
+        """Progress of a countable job, and the time that it will take yet."""
+        now = time.monotonic()
+        began, first = self.began.setdefault(what, (now, done))
+        left = f"  {clock((now - began) / (done - first) * (of - done))} left" if first < done < of else ""
+        self(f"{what}: {done}/{of}{left}", final=done == of)
+        if done == of:
+            del self.began[what]
 
     def say(self, text: str) -> None:
         """A line of its own, below whatever was live."""

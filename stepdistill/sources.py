@@ -22,6 +22,7 @@ EMBEDDED_DATA = "stepdistill/tiny"
 EMBEDDED_PROMPTS = "stepdistill/prompts"  # of a grammar of everyday English
 PROMPTS = (".txt", ".jsonl", ".csv", ".parquet")  # files of prompts
 CAPTIONS = ("prompt", "caption", "text")  # keys and columns that hold them
+METADATA = "metadata.jsonl"  # in a folder of pictures: lines with a file_name and a caption
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
 PAIRS = "pairs.json"  # in a folder of teacher pairs: with what settings they were made, and how many
@@ -157,13 +158,6 @@ def check_images(source: str, there: bool = True) -> Iterator[str]:
     if not pictures:
         kinds = ", ".join(sorted(PICTURES))
         yield f"{source} holds no pictures; put {kinds} files there, each with a .txt caption beside it"
-    bare = [str(file.relative_to(folder)) for file in pictures if not has_text(file.with_suffix(".txt"))]
-    if bare:
-        shown = ", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
-        yield (
-            f"{source} has {len(bare)} of {len(pictures)} pictures without a caption: {shown}; "
-            f"every picture needs one: write {Path(bare[0]).with_suffix('.txt')}, or move the picture away"
-        )
 
 
 def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> Iterator[str]:
@@ -190,11 +184,6 @@ def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> It
 def shards(manifest: Mapping[str, Any]) -> list[str]:
     """Names of the files that hold the pairs of a manifest."""
     return [f"pairs-{k:05d}.safetensors" for k in range(-(-manifest["count"] // manifest["shard"]))]
-
-
-def has_text(path: Path) -> bool:
-    """Whether a file exists and holds more than blanks."""
-    return path.is_file() and bool(path.read_bytes().strip())
 
 
 def _missing(source: str, wanted: str, embedded: str) -> str:

@@ -15,8 +15,8 @@ from written import only, swapped, write
 from stepdistill.assemble import assemble
 from stepdistill.cli import main
 from stepdistill.data import build_batches
-from stepdistill.data.build import encode_texts
 from stepdistill.data.pairs import manifest, read_pairs
+from stepdistill.data.texts import encode_texts
 from stepdistill.errors import UserError
 from stepdistill.export import write_export
 from stepdistill.families.load import load_pipeline_folder

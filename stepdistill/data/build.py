@@ -2,62 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import io
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from .. import distributed
+from .. import __version__, distributed
 from ..errors import UserError
 from ..families.base import Family
 from ..recipe import Recipe
-from ..sources import EMBEDDED_DATA, PICTURES
-from ..tiny.world import draw, scenes
+from ..show import Line
+from ..sources import embedded_models, identity
 from .batches import Batches
+from .cache import Cache, Memory, Store, disk, giga
 from .pairs import read_pairs
-from .prompts import TINY_COUNT, TINY_SEED, read_prompts
+from .pictures import read_pictures, store_pictures
+from .prompts import read_prompts
+from .texts import store_texts
 
-Report = Callable[[str, int, int], None]  # what, done, of how many
-
-
-def quiet(what: str, done: int, of: int) -> None:
-    """A Report that tells nobody."""
+FORMAT = 1  # of what is encoded; a change in how raises it
 
 
-def build_batches(recipe: Recipe, family: Family, report: Report = quiet, pairs: Path | None = None) -> Batches:
-    """Everything encoded, in memory on the CPU. Pictures are read only if the strategy needs x0.
+def build_batches(
+    recipe: Recipe, family: Family, line: Line | None = None, pairs: Path | None = None, cache: Path | None = None
+) -> Batches:
+    """Everything encoded, and read as it is needed: text encoders and the autoencoder's encoder are not asked again. Pictures
+    are read only if the strategy needs x0.
 
     pairs: the folder of teacher pairs, for a strategy that needs them; prompts are then those of the pairs.
+    cache: the folder where encodings are kept for other runs; None: they stay in memory.
 
     Raises:
-        UserError: pairs are missing, damaged, or of another resolution.
+        UserError: pairs are missing, damaged, or of another resolution; no picture is usable; the disk is too small.
     """
-    data, train = recipe.data, recipe.train
-    shape = family.shape
+    data, train, line = recipe.data, recipe.train, line or Line(io.StringIO())
+    dtype, made = getattr(torch, recipe.model.dtype), makers(recipe, family)
+
+    def store(what: str, **more: Any) -> Store:
+        return Memory() if cache is None else Cache(cache, what, made | more, line)
+
     x0 = noise = None
     if "pairs" in recipe.strategy.needs:
         prompts, noise, x0 = read_pairs(pairs)
-        if noise.shape[1:] != shape:
-            height, width = family.size
-            raise UserError(
-                f"{pairs} holds latents of shape {list(noise.shape[1:])}, but at {height} x {width} pixels they are "
-                f"{list(shape)}; set data.resolution as when the pairs were made, or make others: "
-                f"stepdistill pairs RECIPE --out DIR"
-            )
+        check_shape(pairs, family, tuple(noise.shape[1:]))
     elif "x0" in recipe.strategy.needs:
-        prompts, pictures = captioned(data.images, data.count, family.size)
-        x0 = encode_pictures(family, pictures, len(prompts), report)
+        pictures = store("pictures", size=family.size, frames=family.frames)
+        prompts, x0 = store_pictures(family, read_pictures(data.images, data.count), pictures, data.images, line)
     else:
         prompts = read_prompts(data.prompts, data.count)
+    cond, null = store_texts(family, prompts, store("texts"), dtype, line)
+    if cache is not None:
+        line.say(f"encodings are in {cache}, {giga(disk(cache))} with those of other models and sizes")
     return Batches(
-        cond=encode_texts(family, prompts, report),
-        null=family.null_prompts(),
+        cond=cond,
+        null=null,
         prompts=tuple(prompts),
         x0=x0,
-        shape=shape,
+        shape=family.shape,
         noise=noise,
         batch=train.batch,
         parts=train.accumulate,
@@ -68,53 +71,28 @@ def build_batches(recipe: Recipe, family: Family, report: Report = quiet, pairs:
     )
 
 
-def captioned(source: str, count: int | None, size: tuple[int, int]) -> tuple[list[str], Iterator[np.ndarray]]:
-    """Captions, and lazily, in chunks, their pictures uint8 [n, height, width, 3]."""
-    if source == EMBEDDED_DATA:
-        told = scenes(count or TINY_COUNT, TINY_SEED, "seen")
-        chunks = (draw(told[i : i + 64], TINY_SEED * 1_000_000 + i).images for i in range(0, len(told), 64))
-        fitted = (np.stack([fit(Image.fromarray(image), size) for image in images]) for images in chunks)
-        return [scene.caption for scene in told], fitted
-    paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in PICTURES)[:count]
-    captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
-    return captions, (np.stack([read_picture(path, size) for path in paths[i : i + 8]]) for i in range(0, len(paths), 8))
+def check_shape(pairs: Path, family: Family, shape: tuple[int, ...]) -> None:
+    """Raises UserError for pairs of latents of another shape than the family's."""
+    if shape != family.shape:
+        height, width = family.size
+        raise UserError(
+            f"{pairs} holds latents of shape {list(shape)}, but at {height} x {width} pixels they are "
+            f"{list(family.shape)}; set data.resolution as when the pairs were made, or make others: "
+            f"stepdistill pairs RECIPE --out DIR"
+        )
 
 
-def read_picture(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture of a file, fitted."""
-    with Image.open(path) as picture:
-        return fit(picture.convert("RGB"), size)
+def makers(recipe: Recipe, family: Family) -> dict[str, Any]:
+    """All of a model that may decide what its encodings are: plain values."""
+    model = recipe.model
+    folder = embedded_models().get(model.source, Path(model.source))
+    files = fingerprint(folder) if folder.is_dir() else Path(family.net.config._name_or_path).parent.name  # the hub's commit
+    loras = [fingerprint(Path(lora)) for lora in getattr(model, "loras", None) or ()]
+    about = {"format": FORMAT, "stepdistill": __version__, "pipeline": family.pipeline, "files": files, "loras": loras}
+    return about | {"model": dataclasses.asdict(model) | {"source": identity(model.source)}}
 
 
-def fit(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [height, width, 3]: resized (Lanczos) until it just covers that size, then the centre."""
-    height, width = size
-    scale = max(width / picture.width, height / picture.height)
-    wide, high = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    left, top = (wide - width) // 2, (high - height) // 2
-    resized = picture if picture.size == (wide, high) else picture.resize((wide, high), Image.LANCZOS)
-    return np.asarray(resized.crop((left, top, left + width, top + height)))
-
-
-@torch.no_grad()
-def encode_pictures(family: Family, pictures: Iterator[np.ndarray], total: int, report: Report) -> Tensor:
-    """Latents [N, ...] of uint8 pictures."""
-    latents, done = [], 0
-    for chunk in pictures:
-        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents.append(family.encode(pixels).cpu())
-        done += len(chunk)
-        report("pictures encoded", done, total)
-    return torch.cat(latents)
-
-
-def encode_texts(family: Family, prompts: list[str], report: Report = quiet, chunk: int = 64) -> dict[str, Tensor]:
-    """What the network needs of each prompt, [N, ...], on the CPU; equal prompts are encoded once."""
-    unique = list(dict.fromkeys(prompts))
-    parts = []
-    for i in range(0, len(unique), chunk):
-        parts.append({name: x.cpu() for name, x in family.encode_prompts(unique[i : i + chunk]).items()})
-        report("prompts encoded", min(i + chunk, len(unique)), len(unique))
-    place = {prompt: i for i, prompt in enumerate(unique)}
-    rows = torch.tensor([place[prompt] for prompt in prompts])
-    return {name: torch.cat([part[name] for part in parts])[rows] for name in parts[0]}
+def fingerprint(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of a file, or of all files of a folder; nothing of what is not there."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

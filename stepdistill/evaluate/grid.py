@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..assemble import Distillation
 from ..data.prompts import read_prompts
+from ..data.texts import Texts
 from ..sampling import Inference, trailing
 from ..show import Line
 from .walks import Walk, sampler, student_walk
@@ -25,6 +26,7 @@ class Samples:
         self.distillation, self.folder, self.line = distillation, folder, line
         recipe = distillation.recipe
         self.prompts = list(recipe.eval.prompts or spread(read_prompts(recipe.data.prompts, 64), COLUMNS))
+        self.texts = Texts(distillation.family, self.prompts)  # encoded once: training needs no encoders
         self.scale = teacher_scale(distillation)
         self.teacher: dict[int, np.ndarray] = {}
         self.last: np.ndarray | None = None
@@ -48,7 +50,7 @@ class Samples:
 
     def pictures(self, walk: Walk) -> np.ndarray:
         wanted = self.distillation.recipe.eval
-        return sampler(self.distillation, walk, wanted.seed, wanted.batch)(self.prompts, 0)
+        return sampler(self.distillation, walk, wanted.seed, wanted.batch, self.texts)(self.prompts, 0)
 
     def teacher_walk(self, n: int) -> Walk:
         """First-order steps of the guided teacher."""
@@ -59,8 +61,9 @@ class Samples:
     def warn_if_inert(self, step: int) -> None:
         """Say so if the trained student still predicts exactly what the teacher does."""
         roles = self.distillation.students()
-        cond = self.distillation.family.encode_prompts(self.prompts[:1])
-        x = torch.ones(1, *self.distillation.family.shape, device=roles.teacher.net.device)
+        device = roles.teacher.net.device
+        cond = {name: x.to(device) for name, x in self.texts(self.prompts[:1]).items()}
+        x = torch.ones(1, *self.distillation.family.shape, device=device)
         hop = next(hop for hop in self.distillation.inference().hops if hop.role.startswith("student"))
         t = x.new_full([1], hop.time)
         if step and torch.equal(roles[hop.role](x, t, cond).x0, roles.teacher(x, t, cond).x0):

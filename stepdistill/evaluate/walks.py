@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..assemble import Distillation
 from ..batch import Draw, seed_of
-from ..data.build import encode_texts
+from ..data.texts import Texts
 from ..sampling import Inference, Normal, sample
 
 Walk = Callable[[Tensor, dict[str, Tensor], dict[str, Tensor] | None, Normal], Tensor]
@@ -73,11 +73,11 @@ def new_solver(solver: str, distillation: Distillation, steps: int) -> Scheduler
     return scheduler
 
 
-def sampler(distillation: Distillation, walk: Walk, seed: int = 0, batch: int = 64) -> Sampler:
-    """Pictures whose noise depends on seed and on their index alone, whatever the batch."""
+def sampler(distillation: Distillation, walk: Walk, seed: int = 0, batch: int = 64, texts: Texts | None = None) -> Sampler:
+    """Pictures whose noise depends on seed and on their index alone, whatever the batch. texts: those that are encoded."""
     family = distillation.family
     shape, device = family.shape, distillation.roles.teacher.net.device
-    null = family.null_prompts()
+    texts = texts or Texts(family)
 
     @torch.no_grad()
     def pictures(captions: list[str], first: int) -> np.ndarray:
@@ -86,8 +86,8 @@ def sampler(distillation: Distillation, walk: Walk, seed: int = 0, batch: int = 
             some = captions[i : i + batch]
             draw = Draw(seed_of(seed, "picture"), 0, range(first + i, first + i + len(some)), device)
             noise = draw.normal(torch.empty(len(some), *shape))
-            cond = {name: x.to(device) for name, x in encode_texts(family, some).items()}
-            nulls = null and {name: x.expand(len(some), *x.shape[1:]) for name, x in null.items()}
+            cond = {name: x.to(device) for name, x in texts(some).items()}
+            nulls = texts.null and {name: x.expand(len(some), *x.shape[1:]) for name, x in texts.null.items()}
             out.append(to_pixels(family.decode(walk(noise, cond, nulls, draw.normal))))
         return np.concatenate(out)
 

@@ -1,0 +1,214 @@
+"""Encodings by key, in memory or on disk: there a folder is named after all that decides what is in it, and its safetensors
+files are each complete or absent. An entry is one prompt or picture: some named tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import distributed
+from ..errors import UserError
+from ..show import Line
+from .pairs import put
+
+ENTRIES, BYTES, SECONDS = 256, 2**28, 30.0  # a file is written at so many entries, so large, or after so long
+STALE = 3600.0  # seconds after which an unfinished file is nobody's
+Entry = dict[str, Tensor]
+
+
+def key_of(*parts: Any) -> str:
+    """128 bits, in hexadecimals, that change with anything in parts (plain values)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Memory:
+    """Entries of this process alone, gone with it."""
+
+    share = slice(None)  # of what is missing: this process encodes all of it
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries
+
+    def names(self, key: str) -> list[str]:
+        """Of an entry's tensors."""
+        return list(self.entries[key])
+
+    def read(self, key: str, name: str) -> Tensor:
+        return self.entries[key][name]
+
+    def shape(self, key: str, name: str) -> tuple[int, ...]:
+        return tuple(self.entries[key][name].shape)
+
+    def add(self, entries: dict[str, Entry]) -> None:
+        self.entries |= entries
+
+    def check_space(self, needed: int) -> None:
+        """Nobody knows how much memory there will be."""
+
+    def finish(self) -> None:
+        """All is where it belongs."""
+
+
+class Cache:
+    """Entries in files of a folder, that of the settings with which they are made; read as they are needed. Several runs and
+    processes may use it at once: each sees the others' entries at the next `finish`."""
+
+    def __init__(self, root: Path, what: str, settings: dict[str, Any], line: Line):
+        self.folder, self.line = root / f"{what}-{key_of(settings)[:16]}", line
+        self.share = slice(distributed.rank(), None, distributed.world())
+        self.waiting: dict[str, Entry] = {}
+        self.files: dict[str, Path] = {}  # key -> where its entry is
+        self.listed: set[Path] = set()
+        self.began = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if distributed.rank() == 0:
+            for left in self.folder.glob(".*.tmp"):
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink(missing_ok=True)
+            if not (self.folder / "made.json").is_file():
+                tmp = self.folder / f".made.{secrets.token_hex(4)}.tmp"
+                tmp.write_text(json.dumps(settings, indent=1))
+                put(tmp, self.folder / "made.json")
+        self.list()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.files
+
+    def names(self, key: str) -> list[str]:
+        """Of an entry's tensors."""
+        return sorted(name.split("/")[1] for name in opened(self.files[key]).keys() if name.startswith(f"{key}/"))  # noqa: SIM118
+
+    def read(self, key: str, name: str) -> Tensor:
+        return opened(self.files[key]).get_tensor(f"{key}/{name}")
+
+    def shape(self, key: str, name: str) -> tuple[int, ...]:
+        return tuple(opened(self.files[key]).get_slice(f"{key}/{name}").get_shape())
+
+    def list(self) -> None:
+        """Find the entries of files that came since the last time. A damaged file is removed, and that is told."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.listed):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.files |= dict.fromkeys((name.split("/")[0] for name in file.keys()), path)  # noqa: SIM118
+                self.listed.add(path)
+            except (SafetensorError, OSError) as error:
+                path.unlink(missing_ok=True)
+                self.line.say(f"{path} was damaged ({error}) and is removed; what it held is encoded again")
+
+    def add(self, entries: dict[str, Entry]) -> None:
+        """Keep entries; they are on the disk at the latest after `finish`."""
+        self.waiting |= entries
+        if len(self.waiting) >= ENTRIES or bytes_of(self.waiting) >= BYTES or time.monotonic() - self.began > SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """One file of all that waits: written beside, synced, and renamed."""
+        if self.waiting:
+            name = f"{key_of(*self.waiting)}.safetensors"
+            tmp = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
+            save_file({f"{key}/{n}": x.contiguous() for key, entry in self.waiting.items() for n, x in entry.items()}, tmp)
+            put(tmp, self.folder / name)
+        self.waiting, self.began = {}, time.monotonic()
+
+    def check_space(self, needed: int) -> None:
+        """Raises UserError if so many bytes more do not fit on the disk."""
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"{self.folder} needs {giga(needed)} more, but only {giga(free)} of its disk are free; set data.cache to a "
+                f"folder on a larger disk, or lower data.count"
+            )
+
+    def finish(self) -> None:
+        """Write what waits, and see what other processes wrote."""
+        self.write()
+        self.list()
+
+
+Store = Memory | Cache
+
+
+@lru_cache(maxsize=128)
+def opened(path: Path) -> Any:
+    """A file of entries, mapped into memory; its name says what is in it, so it never changes."""
+    return safe_open(path, "pt")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tensor of every row [N, ...], read when its rows are asked for."""
+
+    store: Store
+    keys: Sequence[str]  # N, of the entries; equal rows share one
+    name: str
+
+    def __getitem__(self, rows: Tensor | Iterable[int]) -> Tensor:
+        rows = rows.tolist() if isinstance(rows, Tensor) else rows
+        return torch.stack([self.store.read(self.keys[i], self.name) for i in rows])
+
+
+def fill(
+    store: Store, keys: Sequence[str], encode: Callable[[list[str]], dict[str, Entry]], chunk: int, what: str, line: Line
+) -> None:
+    """Encode the entries that a store lacks, `chunk` at a time, each process its share of them.
+
+    encode: keys -> their entries on the CPU; those that cannot be made are left out.
+
+    Raises:
+        UserError: they do not fit on the disk.
+        KeyboardInterrupt: what was encoded is kept, and the next call goes on from there.
+    """
+    every = list(dict.fromkeys(keys))
+    missing = [key for key in every if key not in store]
+    distributed.wait()  # each looked before anybody wrote
+    mine, checked = missing[store.share], False
+    done = len(every) - len(missing)
+    line.report(what, done, len(every))
+    try:
+        for i in range(0, len(mine), chunk):
+            made = encode(mine[i : i + chunk])
+            if made and not checked:
+                store.check_space(bytes_of(made) * len(missing) // len(made))
+                checked = True
+            store.add(made)
+            line.report(what, done + round(min(i + chunk, len(mine)) / len(mine) * len(missing)), len(every))
+    except KeyboardInterrupt:
+        store.finish()
+        line.say(
+            f"stopped with {sum(key in store for key in every)} of {len(every)} {what}; the same command goes on from there"
+        )
+        raise
+    store.finish()
+    distributed.wait()
+    store.finish()
+
+
+def bytes_of(entries: dict[str, Entry]) -> int:
+    return sum(x.nbytes for entry in entries.values() for x in entry.values())
+
+
+def giga(size: int) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def disk(folder: Path) -> int:
+    """Bytes that a folder takes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
