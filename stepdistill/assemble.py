@@ -99,7 +99,9 @@ def assemble(recipe: Recipe) -> Distillation:
     model, train = recipe.model, recipe.train
     dtype, data = getattr(torch, model.dtype), recipe.data
     loras = [find_lora(lora) for lora in model.loras]
-    family = load_family(model.source, dtype, model.revision, model.variant, where, data.size, data.frames, loras)
+    family = load_family(
+        model.source, dtype, model.revision, model.variant, model.quantize, where, data.size, data.frames, loras
+    )
     strategy = recipe.strategy
     for keys, message in check_guidance(family, strategy, recipe.pairs.guidance):
         raise UserError(f"{'.'.join(keys)}: {message}")

@@ -11,6 +11,19 @@ from .inference import WHOLE, Serving
 from .lora_sources import LoraSource
 
 FIGURES = ("who", "steps", "nfe", "guidance", "solver", "n", "fd", "fd_low", "fd_high", "alignment", "diversity", "ms")
+QUANTIZED = {  # to what: what diffusers must bring, what else is imported, how a network is quantized
+    None: ([], [], ""),
+    "int8": (
+        ["PipelineQuantizationConfig", "TorchAoConfig"],
+        ["from torchao.quantization import Int8WeightOnlyConfig"],
+        "TorchAoConfig(Int8WeightOnlyConfig())",
+    ),
+    "nf4": (
+        ["BitsAndBytesConfig", "PipelineQuantizationConfig"],
+        [],
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{})',
+    ),
+}
 
 
 def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None) -> str:
@@ -63,15 +76,21 @@ def snippet(told: Serving) -> str:
     """Python that needs diffusers alone, and runs in the folder of the card."""
     form, files = next(iter(told.files.items()))
     scheduler, options = told.sampler.scheduler, {"revision": told.revision, "variant": told.variant}
+    classes, imports, how = QUANTIZED[told.quantize]
+    networks = ", ".join(f'"{name}": how' for name in dict.fromkeys(network for _, network in told.worn))
     source = json.dumps(told.base) + "".join(f", {name}={json.dumps(x)}" for name, x in options.items() if x)
+    source += ", quantization_config=quantized" * bool(how)
     if form in WHOLE:
         source = f'f"{{here}}/{files[0]}"'
     lines = [
         *(["import inspect", ""] if told.sampler.told is not None else []),
         "import torch",
-        f"from diffusers import {', '.join(sorted([scheduler, told.pipeline]))}",
+        f"from diffusers import {', '.join(sorted([scheduler, told.pipeline, *classes]))}",
+        *imports,
         "",
         'here = "."  # the folder of this card' + (", or its name on the Hub" if form not in WHOLE else ""),
+        *([f"how = {how.format(told.dtype)}"] if how else []),
+        *([f"quantized = PipelineQuantizationConfig(quant_mapping={{{networks}}})"] if how else []),
         f"pipe = {told.pipeline}.from_pretrained({source}, dtype=torch.{told.dtype})",
     ]
     if form not in WHOLE:
@@ -180,6 +199,13 @@ def notes(told: Serving) -> str:
             f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} "
             f"to {high:g}{how}."
         )
+    if told.quantize:
+        lines.append(
+            f"It was trained over a base quantized to {told.quantize}, as the snippet loads it; the LoRA loads on the base as "
+            "it is too: leave `quantization_config` out. Pictures then differ a little, as the two bases do."
+        )
+    if told.quantize == "nf4":
+        lines.append("diffusers quantizes to nf4 on a GPU only.")
     if told.take_turns:
         lines.append("Each student takes its own steps, and none can take another's.")
         if told.lora:

@@ -122,6 +122,8 @@ def names(distillation: Distillation, told: Serving, formats: Sequence[str] | No
     lacks = {"kohya": why} if (why := family.kohya_lack() or no_place(distillation)) else {}
     if told.sampler.told is not None:
         lacks["kohya"] = "no program that reads kohya files tells a network another time than its sampler's"
+    if recipe.model.quantize:
+        lacks["fused"] = "a quantized base cannot take the LoRA in, and on one that is not, it is not what was checked"
     lacks |= {} if not told.take_turns else {"fused": f"one fused network cannot hold {len(students)} students"}
     fits = [form for form in FORMATS if form not in lacks]
     for form in formats or ():

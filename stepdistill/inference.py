@@ -64,6 +64,7 @@ class Serving:
     recipe_hash: str
     loras: tuple[LoraSource, ...] = ()  # what lies between the model and the student
     negative_prompt_supported: bool = False  # without classifier-free guidance nothing reads it
+    quantize: str | None = None  # to what the base was quantized in training, int8 or nf4, as it is when the LoRA is checked
     files: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # format -> names in the export, as `worn`
 
     @property
@@ -192,6 +193,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         versions={"stepdistill": __version__} | {name: metadata.version(name) for name in packages},
         recipe_hash=recipe_hash(recipe),
         loras=tuple(find_lora(lora) for lora in recipe.model.loras),
+        quantize=recipe.model.quantize,
     )
 
 

@@ -88,6 +88,7 @@ def settings(distillation: Distillation, prompts: list[str]) -> dict[str, Any]:
         "revision": model.revision,
         "variant": model.variant,
         "dtype": model.dtype,
+        "quantize": model.quantize,
         "guidance": scale(recipe),
         "steps": pairs.steps,
         "resolution": list(distillation.family.size),

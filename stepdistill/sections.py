@@ -24,6 +24,8 @@ class Model:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen base; what is trained stays float32
     revision: str | None = None  # branch, tag or commit of a hub id
     variant: str | None = None  # the fp16 in diffusion_pytorch_model.fp16.safetensors
+    # of the frozen network's linear layers, in memory: int8 (torchao) or nf4, 4 bits (bitsandbytes); null: dtype
+    quantize: Literal["int8", "nf4"] | None = None
     # LoRAs below everything that is trained, files, folders or hub ids, as name or name@0.8
     loras: tuple[Place, ...] = ()
 
@@ -69,6 +71,7 @@ class Pairs:
 class Optim:
     student_lr: float = ranged(1e-4, above=0, high=1)  # learning rate of the student
     critic_lr: float = ranged(1e-4, above=0, high=1)  # learning rate of the fake score and of discriminator heads
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its state in 8 bits a number (bitsandbytes)
     betas: tuple[float, float] = ranged((0.9, 0.99), low=0, below=1)  # AdamW's decays of gradient and its square
     weight_decay: float = ranged(0.0, low=0, high=1)  # AdamW's
     clip: float = ranged(1.0, above=0)  # largest norm of each player's gradient
@@ -158,6 +161,12 @@ def check(
     told = values.get("strategy.embed_guidance")
     if told is not None and "lora.rank" in values:
         yield ("strategy", "embed_guidance"), f"{told} adds an input, which a LoRA cannot; set lora: null, or this"
+    if values.get("model.quantize") and not values.keys() & {"lora.rank", "lora.targets"}:
+        kind = values["model.quantize"]
+        yield ("model", "quantize"), f"{kind} freezes the network, which lora: null would train; give lora a rank, or null here"
+    if values.get("model.quantize") and values.get("model.loras"):
+        remedy = "give a model that has them in it (pipe.fuse_lora(), pipe.save_pretrained(folder)), or null here"
+        yield ("model", "quantize"), f"{values['model.quantize']} layers cannot take model.loras in; {remedy}"
     if values.get("lora.targets") == []:
         yield ("lora", "targets"), "[] leaves nothing to train; name layers, or write null for the family's own"
     batch, parts = values.get("train.batch", 0), values.get("train.accumulate", 1)

@@ -35,7 +35,7 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
             others = [type(net).from_pretrained(folder / file, dtype=dtype).to(distributed.device()) for file in files[1:]]
             calls = [network.forward for network in (net, *others)]
         else:
-            pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant)
+            pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant, told.quantize)
             fuse_loras(pipe, told.loras)
             for (student, network), file in zip(told.worn, files, strict=True):
                 load = load_kohya if form == "kohya" else type(pipe).load_lora_weights

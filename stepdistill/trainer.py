@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from .assemble import AVERAGE, Distillation, modules_of
 from .batch import Draw
 from .data import Batches
 from .errors import Diverged
+from .optimizers import build_optimizer, load_moments, moments
 from .roles import enable_checkpointing, worn
 
 
@@ -46,11 +46,7 @@ class Trainer:
         trained = {id(p) for params in self.params.values() for p in params}
         for p in everything:
             p.requires_grad_(id(p) in trained)
-        optim = self.recipe.optim
-        self.optimizers = {
-            who: torch.optim.AdamW(params, betas=optim.betas, weight_decay=optim.weight_decay)
-            for who, params in self.params.items()
-        }
+        self.optimizers = {who: build_optimizer(params, self.recipe.optim) for who, params in self.params.items()}
 
     def step(self) -> dict[str, float]:
         """One iteration on one batch; returns what to log. Nobody moves unless every gradient is finite.
@@ -144,16 +140,10 @@ class Trainer:
             return
         self.open(meta["stage"], enter=False)
         for who, optimizer in self.optimizers.items():
-            state: dict[int, dict[str, Any]] = {}
-            for i in range(len(self.params[who])):
-                mark = f"optimizers/{who}/{i}/"
-                found = {name.removeprefix(mark): x for name, x in tensors.items() if name.startswith(mark)}
-                if found:
-                    state[i] = found
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            mark = f"optimizers/{who}/"
+            load_moments(optimizer, {name.removeprefix(mark): x for name, x in tensors.items() if name.startswith(mark)})
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizers' state by name."""
         for who, optimizer in self.optimizers.items():
-            for i, state in optimizer.state_dict()["state"].items():
-                yield from ((f"optimizers/{who}/{i}/{key}", x) for key, x in state.items())
+            yield from ((f"optimizers/{who}/{key}", x) for key, x in moments(optimizer))

@@ -35,6 +35,8 @@ DOORS = {  # third-party package: the rooms that may import it
     "lpips": {"perceptual"},
     "pyarrow": {"data.tables"},
     "torch_fidelity": {"evaluate"},
+    "torchao": {"families"},
+    "bitsandbytes": {"optimizers"},
     "torchmetrics": {"evaluate"},
 }
 PIPELINES = {"families", "export", "serve", *MAKERS}  # rooms that may import a pipeline class from diffusers
@@ -46,6 +48,8 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "errors": set(),
     "architectures": set(),
     "meta": {"architectures", "families"},
+    "extras": {"errors"},
+    "optimizers": {"extras", "sections"},
     "fields": set(),
     "sources": set(),
     "lora_sources": {"sources"},
@@ -62,7 +66,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "sampling": NUMBERS | {"roles"},
     "perceptual": {"errors"},
     "strategies": MODEL | {"perceptual"},
-    "families": NUMBERS | {"errors", "sources", "lora_sources", "kohya", "fields"},
+    "families": NUMBERS | {"errors", "extras", "sources", "lora_sources", "kohya", "fields"},
 }
 NEVER = {  # room: rooms that it must not import
     "trainer": {"evaluate", "export", "families", "tiny", "cli", "runs"},

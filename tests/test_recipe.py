@@ -65,6 +65,7 @@ def test_a_training_that_ends_before_its_last_stage(root):
         ("guidance: [2.0, 6.0]", "guidance: 3", 7, "guidance: 3 must be a list of 2"),
         ("guidance: [2.0, 6.0]", "guidance: [6.0, 2.0]", 7, "write the smaller scale first"),
         ("guidance: [2.0, 6.0]", "guidance: [0.5, 2]", 7, "[0.5, 2] is out of range; it must be at least 1"),
+        ("{root}/teacher", "{root}/teacher\n  quantize: int4", 3, "model.quantize: int4 must be null or one of int8, nf4"),
         ("rank: 16", "rank: 0", 4, "lora.rank: 0 is out of range; it must be at least 1 and at most 1024"),
         ("rank: 16", "rank: 2000", 4, "lora.rank: 2000 is out of range"),
         ("5e-5", "0", 12, "optim.student_lr: 0 is out of range; it must be above 0 and at most 1"),

@@ -92,6 +92,17 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path, strate
     assert all(torch.equal(x, weights(second)[name]) for name, x in weights(whole).items())
 
 
+def test_a_run_with_moments_of_eight_bits_resumes_too(tmp_path):
+    overrides = ("optim.optimizer=adamw8bit", "lora.rank=32")  # convolutions, kept in another order, among those it is for
+    whole, first, second = (trainer(tmp_path, *overrides) for _ in range(3))
+    logs = [whole.step() for _ in range(3)]
+    first.step()
+    second.load(first.save(tmp_path / "checkpoints"))
+    assert [second.step() for _ in range(2)] == logs[1:]
+    assert all(torch.equal(x, weights(second)[name]) for name, x in weights(whole).items())
+    assert any(x.dtype == torch.uint8 for _, x in second.moments())
+
+
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
     """Adam hides the scale of a gradient, so the logged norm and loss are compared too."""
     whole, parts = (trainer(tmp_path, f"train.accumulate={n}") for n in (1, 4))

@@ -17,15 +17,29 @@ from ..sources import embedded_models
 from . import FAMILIES
 from .base import Family
 from .loras import fuse_loras
+from .quantize import DENOISERS, keep_gradients, quantization, without_gpu
 
 
 def load_pipeline_folder(
-    source: str, dtype: torch.dtype = torch.float32, revision: str | None = None, variant: str | None = None
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    quantize: str | None = None,
 ) -> DiffusionPipeline:
-    """A stock pipeline in evaluation mode, from safetensors files only."""
+    """A stock pipeline in evaluation mode, from safetensors files only; quantize: its network, to int8 or nf4.
+
+    Raises:
+        UserError: the package that quantizes is not installed.
+    """
+    options = {"quantization_config": quantization(quantize, dtype)} if quantize else {}
     folder = embedded_models().get(source, source)
-    with quiet():
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, revision=revision, variant=variant, use_safetensors=True)
+    with quiet(), without_gpu():
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **options
+        )
+    for net in filter(None, (getattr(pipe, name, None) for name in DENOISERS)):
+        keep_gradients(net)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -54,18 +68,20 @@ def load_family(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
+    quantize: str | None = None,
     device: torch.device | str = "cpu",
     size: tuple[int, int] | None = None,
     frames: int | None = None,
     loras: Sequence[LoraSource] = (),
 ) -> Family:
     """The family of the pipeline at source, for pictures of that height and width in pixels, or videos of so many frames
-    (None: the network's own). loras: fused into its weights.
+    (None: the network's own); quantize: as above. loras: fused into its weights.
 
     Raises:
-        UserError: no family is written for its class, it cannot make pictures of that size, or a LoRA is not of it.
+        UserError: no family is written for its class, it cannot make pictures of that size, a LoRA is not of it, or a package
+            is missing.
     """
-    pipe = load_pipeline_folder(source, dtype, revision, variant)
+    pipe = load_pipeline_folder(source, dtype, revision, variant, quantize)
     with quiet():
         fuse_loras(pipe, loras)
     pipe.to(device)

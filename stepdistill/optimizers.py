@@ -1,0 +1,53 @@
+"""The optimizers of a recipe, and their state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .extras import require
+from .sections import Optim
+
+
+def build_optimizer(params: Sequence[nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
+    """A fresh one; whoever steps it sets its learning rate.
+
+    adamw8bit is AdamW with moments in 8 bits, in blocks of 256, of all parameters with 4096 numbers or more. Dettmers et al.
+    2021, arXiv:2110.02861.
+
+    Raises:
+        UserError: the package of that optimizer is not installed.
+    """
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(params, betas=optim.betas, weight_decay=optim.weight_decay)
+    require("bitsandbytes", "optim.optimizer adamw8bit")
+    from bitsandbytes.optim import AdamW8bit
+
+    for p in params:
+        p.data = p.data.contiguous()  # as its first step does; later, state of another order than p's would be saved
+    return AdamW8bit(params, betas=optim.betas, weight_decay=optim.weight_decay)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """All of an optimizer's state, by the number of its parameter and a name, as in 0/exp_avg; whole numbers are int64."""
+    for i, state in optimizer.state_dict()["state"].items():
+        for name, x in flat(state):
+            yield f"{i}/{name}", torch.as_tensor(x).clone() if name.startswith("qmap") else torch.as_tensor(x)  # all share one
+
+
+def flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers of a state, also of the dictionary within it that bitsandbytes makes."""
+    for name, x in state.items():
+        yield from flat(x) if isinstance(x, Mapping) else ((name, x),)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Put back what `moments` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, x in saved.items():
+        i, name = key.split("/")
+        state.setdefault(int(i), {})[name] = x.item() if x.dtype == torch.int64 else x
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
