@@ -82,11 +82,14 @@ def snippet(told: Serving) -> str:
     source += ", quantization_config=quantized" * bool(how)
     if form in WHOLE:
         source = f'f"{{here}}/{files[0]}"'
+    by_peft = form not in WHOLE and told.lora.get("loader") == "peft"
     lines = [
         *(["import inspect", ""] if told.sampler.told is not None else []),
+        *(["import peft"] if by_peft else []),
         "import torch",
         f"from diffusers import {', '.join(sorted([scheduler, told.pipeline, *classes]))}",
         *imports,
+        *(["from safetensors.torch import load_file"] if by_peft else []),
         "",
         'here = "."  # the folder of this card' + (", or its name on the Hub" if form not in WHOLE else ""),
         *([f"how = {how.format(told.dtype)}"] if how else []),
@@ -95,7 +98,9 @@ def snippet(told: Serving) -> str:
     ]
     if form not in WHOLE:
         lines += [line for lora in told.loras for line in below(lora)]
-    if form not in WHOLE and not told.take_turns:
+    if by_peft:
+        lines += put_on(told, files[0])
+    elif form not in WHOLE and not told.take_turns:
         for (_, network), file in zip(told.worn, files, strict=True):
             into = "".join(f", {name}={x}" for name, x in told.into(network).items())
             lines.append(f'pipe.load_lora_weights(here, weight_name="{file}"{into})')
@@ -105,7 +110,7 @@ def snippet(told: Serving) -> str:
         *(turns(told, form, files) if told.take_turns else []),
         *(another_time(told) if told.sampler.told is not None else []),
         "image = pipe(" if told.frames is None else "frames = pipe(",
-        f"    {json.dumps(told.prompts[0], ensure_ascii=False)},",
+        f"    prompt={json.dumps(told.prompts[0], ensure_ascii=False)},",
         *(f"    {name}={value!r}," for name, value in told.arguments.items()),
         *["    callback_on_step_end=take_turns,"] * told.take_turns,
         "    generator=torch.manual_seed(0),",
@@ -117,6 +122,18 @@ def snippet(told: Serving) -> str:
         lines += ['    output_type="pil",', ").frames[0]"]
         lines += [f'frames[0].save("video.webp", save_all=True, append_images=frames[1:], {options})']
     return "\n".join(lines)
+
+
+def put_on(told: Serving, file: str) -> list[str]:
+    """Lines that put a LoRA on the network of a pipeline which loads none."""
+    net, rank = f"pipe.{told.network}", told.lora["rank"]
+    return [
+        f'lora = {{key.removeprefix("{told.network}."): x for key, x in load_file(f"{{here}}/{file}").items()}}',
+        'layers = sorted({key.split(".lora_")[0] for key in lora})',
+        f"config = peft.LoraConfig(r={rank}, lora_alpha={rank}, target_modules=layers)",
+        f"peft.inject_adapter_in_model(config, {net})  # diffusers loads no LoRAs into this pipeline",
+        f"peft.set_peft_model_state_dict({net}, lora)",
+    ]
 
 
 def below(lora: LoraSource) -> list[str]:
@@ -176,10 +193,13 @@ def turns(told: Serving, form: str, files: Sequence[str]) -> list[str]:
 
 def notes(told: Serving) -> str:
     """What somebody who uses it must know."""
-    guidance = told.call["guidance_scale"]
+    guidance = told.call.get("guidance_scale", 1)
     lines = ["Negative prompts have no effect: without classifier-free guidance nothing reads them."]
-    if guidance == 1:
-        lines.append("Leave `guidance_scale` at 1: guidance is distilled in, and more of it burns the picture.")
+    unguided = next((name for name in ("true_cfg_scale", "guidance_scale") if name in told.call), None)
+    if guidance in (0, 1):  # Z-Image counts from 0
+        lines.append(
+            f"Leave `{unguided}` at {told.call[unguided]:g}: guidance is distilled in, and more of it burns the picture."
+        )
     else:
         lines.append(f"The network is told its guidance scale; {guidance:g} is what it was made for.")
     if told.reseed:
@@ -195,6 +215,7 @@ def notes(told: Serving) -> str:
     if told.lora:
         low, high = told.lora["scale_range"]
         how = f" (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)" if len(told.worn) == 1 else ""
+        how = "" if told.lora.get("loader") == "peft" else how
         lines.append(
             f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} "
             f"to {high:g}{how}."

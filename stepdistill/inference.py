@@ -58,7 +58,7 @@ class Serving:
     worn: tuple[Part, ...]  # all parts: of two experts each has its own student, or both have the same
     call: dict[str, Any]  # of pipe(...), whatever the steps: guidance_scale; size and num_frames if not the base's own
     reseed: bool  # the pipeline does not give its generator to the scheduler, which draws from torch.manual_seed
-    lora: dict[str, Any] | None  # rank, alpha, scale, scale_range, targets; None: the whole network was trained
+    lora: dict[str, Any] | None  # rank, alpha, scale, scale_range, targets, loader; None: the whole network was trained
     prompts: tuple[str, ...]  # examples
     versions: dict[str, str]
     recipe_hash: str
@@ -171,6 +171,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
     if recipe.lora:  # scale 1 is what was trained; on other fine-tunes of the same base less often looks better
         lora = {"rank": recipe.lora.rank, "alpha": recipe.lora.rank, "scale": 1.0, "scale_range": [0.5, 1.0]}
         lora["targets"] = list(recipe.lora.targets or family.lora_targets)
+        lora["loader"] = "diffusers" if hasattr(family.pipe, "load_lora_weights") else "peft"  # who puts it on
     return Serving(
         name=recipe.name,
         pipeline=type(family.pipe).__name__,
@@ -186,8 +187,8 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         steps=len(how.hops),
         samplers=dict(sorted(samplers.items())),
         worn=worn,
-        call={"guidance_scale": family.sampler_guidance if how.guidance is None else how.guidance} | size,
-        reseed=how.draws and family.kind == "flow",
+        call=family.sampler_call | ({} if how.guidance is None else {"guidance_scale": how.guidance}) | size,
+        reseed=how.draws and not family.passes_generator,
         lora=lora,
         prompts=tuple((recipe.eval.prompts or read_prompts(recipe.data.prompts, 2))[:2]),
         versions={"stepdistill": __version__} | {name: metadata.version(name) for name in packages},
@@ -209,7 +210,13 @@ def wearers(family: Family, how: Inference) -> tuple[Part, ...]:
             f"{family.pipeline} chooses between its experts by the time of the step; choose another strategy"
         )
     students = tuple(dict.fromkeys(hop.role for hop in how.hops))
-    if len(students) == 1:
+    turns = len(students) > 1
+    if family.rising and (turns or how.told is not None):
+        why = "students take turns as their network's time falls" if turns else "the student hears one time at every step"
+        raise UserError(f"{why}, and the time of a {family.pipeline}'s rises; choose another strategy")
+    if turns and not hasattr(family.pipe, "load_lora_weights"):
+        raise UserError(f"students take turns, and diffusers' {family.pipeline} loads no LoRAs; choose another strategy")
+    if not turns:
         return tuple((students[0], network) for network in family.networks)
     worn = tuple(dict.fromkeys((hop.role, family.asked(hop.time)) for hop in how.hops))
     if len(family.networks) > 1 and len({network for _, network in worn}) < len(worn):

@@ -33,6 +33,11 @@ def peft_state(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": x.detach().to("cpu", torch.float32).contiguous() for name, x in weights.items()}
 
 
+def network_state(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What `peft_state` was given."""
+    return {name.removeprefix(f"{prefix}."): x for name, x in state.items()}
+
+
 def kohya_header(state: Mapping[str, Tensor], told: Serving, text_width: int, kind: str) -> dict[str, str]:
     """ModelSpec and sd-scripts fields. The base is named only where the width of its text tells it.
 

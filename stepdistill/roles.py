@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -264,3 +264,13 @@ def build_roles(
         for p in role.parameters():
             p.data = p.data.float()  # on a bf16 base PEFT makes bf16 adapters, whose small updates round to nothing
     return roles
+
+
+def wear_lora(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a LoRA, of alpha equal to its rank, on a network for good, by the names that `Denoiser.named_parameters` gives."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    layers = sorted({name.split(".lora_")[0] for name in weights})
+    rank = weights[f"{layers[0]}.lora_A.weight"].shape[0]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), net)
+    set_peft_model_state_dict(net, dict(weights))

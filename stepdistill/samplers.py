@@ -16,6 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
 from .diffusion import Kind, read
 from .roles import Roles
@@ -25,6 +26,7 @@ from .schedules import RectifiedFlow, Schedule, VariancePreserving
 TOLERANCE = 2e-5  # of the trial: float32 rounding, and the 7e-6 by which LCMScheduler leans on its input at timestep 19
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # kinds, as DDPM-table schedulers call them
 LISTS = ("sigmas", "timesteps")  # arguments of pipelines that choose any grid
+SCM = "SCMScheduler"
 TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
@@ -65,8 +67,12 @@ def find_sampler(
         ValueError: a stock pipeline cannot do what `how` says; the message says why.
     """
     refuse(how)
-    flow = isinstance(schedule, RectifiedFlow)
-    proposals = on_flow(schedule, config, how, passes_sigmas) if flow else on_table(schedule, kind, config, how)
+    if config.get("prediction_type") == "trigflow":
+        proposals = on_angles(schedule, config, how)
+    elif isinstance(schedule, RectifiedFlow):
+        proposals = on_flow(schedule, config, how, passes_sigmas)
+    else:
+        proposals = on_table(schedule, kind, config, how)
     tried = []
     for sampler in proposals:
         if lacks := [name for name in LISTS if name in sampler.call and name not in takes]:
@@ -77,8 +83,8 @@ def find_sampler(
             full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
             students = tuple(hop.role for hop in how.hops)
             students = students if len(set(students)) > 1 else students[:1]
-            # FLUX: not known; and those programs tell a network its sampler's own times
-            words = {} if passes_sigmas or how.told is not None else elsewhere(schedule, kind, how)
+            # FLUX, Sana-Sprint: not known; and those programs tell a network its sampler's own times
+            words = {} if passes_sigmas or how.told is not None or sampler.scheduler == SCM else elsewhere(schedule, kind, how)
             return Sampler(sampler.scheduler, full, sampler.call, students, **words)
         tried.append(f"{sampler.scheduler} is off by {off:.1g}")
     times = ", ".join(f"{hop.time:.4g}" for hop in how.hops)
@@ -169,6 +175,21 @@ def shift_of(times: Sequence[float], default: float) -> float | None:
     return 1 / inverse if inverse > 0 else None
 
 
+def on_angles(schedule: RectifiedFlow, config: Mapping[str, Any], how: Inference) -> Iterator[Sampler]:
+    """The one scheduler of pipelines that turn rectified flow into TrigFlow, such as Sana-Sprint's; it renoises.
+
+    Raises:
+        ValueError: the sampler does not.
+    """
+    n = len(how.hops)
+    if n > 1 and not (how.renoise and how.eta is None):
+        raise ValueError("SCMScheduler draws new noise at every step, and its pipeline takes no other; set renoise to true")
+    angles = [math.atan2(hop.time, 1 - hop.time) for hop in how.hops]
+    plain = {key: config[key] for key in ("num_train_timesteps", "prediction_type", "sigma_data")}
+    between = angles[1] if n == 2 else None  # more steps than two are of equal angles: the pipeline cannot pass others
+    yield Sampler(SCM, plain, {"num_inference_steps": n, "max_timesteps": angles[0], "intermediate_timesteps": between})
+
+
 def flow_shift(shift: float, n: int, size: int) -> float:
     """The `shift` of a flow scheduler whose n sigmas, once stretched to their last, are those of a teacher's `shift`.
 
@@ -186,30 +207,44 @@ def deviation(sampler: Sampler, schedule: Schedule, kind: Kind, how: Inference, 
 
     Infinite if it refuses, if it counts other steps, or if it wants other initial noise.
     """
-    named = {key: value for key, value in sampler.call.items() if key in ("timesteps", "sigmas")}
+    n = len(how.hops)
+    named = {key: value for key, value in sampler.call.items() if key != "eta"}
     more = {key: value for key, value in sampler.call.items() if key == "eta"}
-    if passes_sigmas and not named:
-        named = {"sigmas": [1 - k / len(how.hops) for k in range(len(how.hops))]}
+    if passes_sigmas and "sigmas" not in named:
+        named |= {"sigmas": [1 - k / n for k in range(n)]}
+    if "sigmas" in named or "timesteps" in named:
+        del named["num_inference_steps"]
     try:
         scheduler = sampler.build()
-        scheduler.set_timesteps(**(named or {"num_inference_steps": sampler.call["num_inference_steps"]}))
+        scheduler.set_timesteps(**named)
     except ValueError:
         return math.inf
-    if len(scheduler.timesteps) != len(how.hops) or getattr(scheduler, "init_noise_sigma", 1) != 1:
+    trig = sampler.scheduler == SCM
+    timesteps = scheduler.timesteps[:-1] if trig else scheduler.timesteps
+    if len(timesteps) != n or getattr(scheduler, "init_noise_sigma", 1) != 1:
         return math.inf
     size = 1000 if isinstance(schedule, RectifiedFlow) else len(schedule.theta) - 1  # timestep of time 1
+    times = schedule.time(timesteps) if trig else timesteps / size
     x, off = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0.0
     theirs, ours = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
     process = Roles(SimpleNamespace(schedule=schedule))  # no role is asked: only what they share is stepped
-    for i, (hop, timestep) in enumerate(zip(how.hops, scheduler.timesteps, strict=True)):
-        off = max(off, abs(float(timestep) / size - hop.time))
+    for i, (hop, timestep) in enumerate(zip(how.hops, timesteps, strict=True)):
+        off = max(off, abs(float(times[i]) - hop.time))
         raw = x.tanh()
-        moved = scheduler.step(raw, timestep, x, **more, generator=theirs, return_dict=False)[0]
         p = read(kind, raw, x, *schedule.alpha_sigma(torch.tensor([hop.time], dtype=torch.float64)))
-        time = how.hops[i + 1].time if i + 1 < len(how.hops) else None
+        handed = (p.trig * scheduler.config.sigma_data, turned(scheduler, schedule, x, hop.time)) if trig else (raw, x)
+        moved = scheduler.step(handed[0], timestep, handed[1], **more, generator=theirs, return_dict=False)[0]
+        time = how.hops[i + 1].time if i + 1 < n else None
         x = step(process, how, p, time, lambda like: torch.randn(like.shape, generator=ours))
-        off = max(off, ((moved - x).abs().max() / (1 + x.abs().max())).item())
+        wanted = turned(scheduler, schedule, x, time or 0.0) if trig else x
+        off = max(off, ((moved - wanted).abs().max() / (1 + wanted.abs().max())).item())
     return off
+
+
+def turned(scheduler: diffusers.SCMScheduler, schedule: Schedule, x: Tensor, time: float) -> Tensor:
+    """x at that time in TrigFlow's coordinates, for data of the scheduler's standard deviation."""
+    alpha, sigma = schedule.alpha_sigma(torch.tensor(time))
+    return x * scheduler.config.sigma_data / (alpha**2 + sigma**2).sqrt()
 
 
 def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[str, Any]]:

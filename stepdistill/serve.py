@@ -11,12 +11,15 @@ from pathlib import Path
 
 import diffusers
 import torch
+from safetensors.torch import load_file
 
 from . import distributed
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
 from .families.loras import fuse_loras, load_kohya
 from .inference import WHOLE, Serving, find_export, read_export
+from .lora_files import network_state
+from .roles import wear_lora
 
 SUFFIXES = {False: (".png",), True: (".webp", ".png", ".gif")}  # of pictures, and of videos; the first is written unasked
 
@@ -38,6 +41,9 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
             pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant, told.quantize)
             fuse_loras(pipe, told.loras)
             for (student, network), file in zip(told.worn, files, strict=True):
+                if told.lora.get("loader") == "peft":
+                    wear_lora(getattr(pipe, network), network_state(load_file(folder / file), network))
+                    continue
                 load = load_kohya if form == "kohya" else type(pipe).load_lora_weights
                 name = student if told.take_turns else None
                 load(pipe, folder, weight_name=file, adapter_name=name, **told.into(network))
@@ -130,7 +136,9 @@ def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, 
         raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
     pipe = load_pipeline(run, steps)
     with torch.random.fork_rng():  # one seed for the pipeline's generator and for schedulers that take no generator
-        made = pipe(prompt, generator=torch.manual_seed(seed), output_type="pil", return_dict=False, **told.arguments)[0][0]
+        made = pipe(prompt=prompt, generator=torch.manual_seed(seed), output_type="pil", return_dict=False, **told.arguments)[
+            0
+        ][0]
     if told.frames is None:
         made.save(out)
     else:

@@ -28,6 +28,7 @@ class Family(ABC):
     kohya_prefix: ClassVar[str | None] = None  # of modules in kohya's LoRA files; None: the family has no such file
     sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
     guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
+    rising: ClassVar[bool] = False  # the network's own time rises as noise falls
     frames: int | None = None  # of a video, [B, 3, frames, H, W] in pixels; None: pictures. The default of the pipeline
     fps: float | None = None  # frames a second of its videos
     passes_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler the sigmas 1 - k/n, unless it is told others

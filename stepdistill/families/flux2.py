@@ -17,6 +17,7 @@ class Flux2(Packed, Family):
     whatever the number of steps. It is what a few-step scheduler is exported with."""
 
     pipeline = "Flux2Pipeline"
+    guidance_distilled = True
     lora_targets = (
         *Packed.lora_targets,
         *("linear_in", "linear_out", "to_qkv_mlp_proj"),
@@ -30,10 +31,6 @@ class Flux2(Packed, Family):
             self.schedule = shifted(
                 pipe.scheduler.config, compute_empirical_mu(self.tokens, self.default("num_inference_steps"))
             )
-
-    @property
-    def guidance_distilled(self) -> bool:
-        return self.net.config.guidance_embeds or self.pipe.config.get("is_distilled", False)
 
     @property
     def sampler_guidance(self) -> float:
@@ -85,6 +82,11 @@ class Flux2(Packed, Family):
 
 class Flux2Klein(Flux2):
     pipeline = "Flux2KleinPipeline"
+    guidance_distilled = False  # of those that say so, it is
+
+    def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
+        super().__init__(pipe, size, frames)
+        self.guidance_distilled = pipe.config.is_distilled
 
     def unpacked(self, made: Tensor) -> Tensor:
         return self.normalized(made)  # its pipeline returns them as its autoencoder is fed

@@ -14,6 +14,7 @@ class Lumina2(Family):
 
     pipeline = "Lumina2Pipeline"
     passes_sigmas = True
+    rising = True
     lora_targets = (  # with the layers that a time modulates, as SD3's
         *(*Family.lora_targets, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),
         *("norm1.linear", "norm_out.linear_1", "norm_out.linear_2"),

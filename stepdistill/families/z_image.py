@@ -15,9 +15,12 @@ class ZImage(Family):
     pipeline = "ZImagePipeline"
     sampler_guidance = 0.0
     passes_sigmas = True
+    rising = True
     native = (1024, 1024)
     lora_targets = (  # with the layers that a time modulates, as SD3's
-        *(*Family.lora_targets, "w1", "w2", "w3", "adaLN_modulation.0"),
+        *(*Family.lora_targets, "w1", "w2", "w3"),
+        *(f"noise_refiner.{i}.adaLN_modulation.0" for i in range(2)),
+        *(f"layers.{i}.adaLN_modulation.0" for i in range(30)),  # the last layer has a SiLU of such a name
         *("all_final_layer.2-1.linear", "all_final_layer.2-1.adaLN_modulation.1"),
     )
 

@@ -102,6 +102,7 @@ CASES = {
         guided=None,
         asked=asked_by_scm,
         handed=handed_to_scm,
+        strategy="{name: dmd2, guidance: 1, student_every: 1, renoise: true, steps: 2}",
         last=lambda family, stepped: stepped[1] / family.pipe.scheduler.config.sigma_data,
         sizes=((32, 32), (64, 32)),
         untouched=SANA,
@@ -264,7 +265,12 @@ def test_lora_targets_reach_every_layer_but_embeddings(made):
 def test_a_trained_lora_is_loaded_by_a_stock_pipeline(name, tmp_path):
     """`write_export` compares the samples; the LoRA is moved after its step, so that a lost one would show."""
     case = CASES[name]
-    overrides = [f"data.resolution={list(case.sizes[0])}", f"data.frames={case.frames or 'null'}", "lora.rank=2"]
+    overrides = [
+        f"data.resolution={list(case.sizes[0])}",
+        f"data.frames={case.frames or 'null'}",
+        "lora.rank=2",
+        "train.batch=2",
+    ]
     distillation = student(tmp_path, name, *overrides, strategy=case.strategy)
     trainer = Trainer(distillation, build_batches(distillation.recipe, distillation.family))
     trainer.step()  # a fake score that is still the teacher teaches nothing
