@@ -117,6 +117,8 @@ def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any]
                 f"write {timestep / last:.6g}, which is {timestep}"
             )
     table = {key: config[key] for key in TABLE if key in config} | {"prediction_type": NAMES[kind]}
+    if "snr_shift_scale" in config:  # CogVideoX's own, which only its own schedulers make of a schedule's name
+        table = {"num_train_timesteps": last + 1, "trained_betas": betas(schedule), "prediction_type": NAMES[kind]}
     table |= {"clip_sample": False, "steps_offset": 1}  # no grid below uses the offset, but SD mends any other value
     grid, listed = {"num_inference_steps": n}, {"num_inference_steps": n, "timesteps": timesteps}
     if how.eta is not None:
@@ -132,6 +134,12 @@ def on_table(schedule: VariancePreserving, kind: Kind, config: Mapping[str, Any]
         first_order = trailing | {"solver_order": 1, "final_sigmas_type": "zero"}  # is DDIM, and takes any grid
         yield Sampler("DPMSolverMultistepScheduler", first_order, grid)
         yield Sampler("DPMSolverMultistepScheduler", first_order, listed)
+
+
+def betas(schedule: VariancePreserving) -> list[float]:
+    """The betas whose table is this schedule's."""
+    kept = schedule.theta.cos().square()
+    return (1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])).tolist()
 
 
 def on_flow(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from loras import save, style
-from pipelines import flux, flux2, lumina2, pixart, qwen_image, sana, sd, sd3, sdxl, wan, z_image
+from pipelines import cogvideox, flux, flux2, hunyuanvideo, ltx, lumina2, pixart, qwen_image, sana, sd, sd3, sdxl, wan, z_image
 
 from stepdistill.assemble import Distillation, assemble
 from stepdistill.recipe import dump_recipe, load_recipe
@@ -41,6 +41,11 @@ PIPELINES = {
     "wan": lambda: wan(boundary_ratio=0.875),
     "wan one": wan,
     "wan token times": lambda: wan(expand_timesteps=True),
+    "ltx": ltx,
+    "cogvideox": cogvideox,
+    "cogvideox rope": lambda: cogvideox(rope=True),
+    "cogvideox pairs": lambda: cogvideox(rope=True, patch_size_t=2),
+    "hunyuanvideo": hunyuanvideo,
 }
 CASES = {  # of exports: teacher, strategy, overrides
     "lcm-eps": ("eps", "{name: lcm}", ["train.ema=0.9"]),

@@ -1,8 +1,11 @@
 """Pipeline families by the name of their diffusers pipeline."""
 
 from .base import Family
+from .cogvideox import CogVideoX
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
+from .hunyuanvideo import HunyuanVideo
+from .ltx import LTX
 from .lumina2 import Lumina2
 from .pixart import PixArt
 from .qwen_image import QwenImage
@@ -27,4 +30,7 @@ FAMILIES: dict[str, type[Family]] = {
     "ZImagePipeline": ZImage,
     "Lumina2Pipeline": Lumina2,
     "WanPipeline": Wan,
+    "LTXPipeline": LTX,
+    "CogVideoXPipeline": CogVideoX,
+    "HunyuanVideoPipeline": HunyuanVideo,
 }

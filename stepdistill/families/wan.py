@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .base import Family
+from .video import Video
 
 TEXT_TOKENS = 512  # what the pipeline's max_sequence_length defaults to
 
 
-class Wan(Family):
+class Wan(Video, Family):
     """Latents are [B, C, frames, H, W], of which the first is one picture and each other one four.
 
     Every token hears its sample's time, so that the network of `expand_timesteps` (Wan 2.2 TI2V) needs nothing of its own.
@@ -36,36 +37,19 @@ class Wan(Family):
     def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return net(x_t.to(net.dtype), self.timestep(t), cond["text"].to(net.dtype))[0]
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Videos [B, 3, frames, H, W] in [-1, 1], or pictures (videos of one frame) -> latents (the posterior's mean)."""
-        vae = self.pipe.vae
-        images = images if images.ndim == 5 else images[:, :, None]
+    def normalized(self, z: Tensor) -> Tensor:
         mean, std = self.moments()
-        return ((vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean - mean) / std).float()
+        return (z - mean) / std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> videos [B, 3, frames, H, W]."""
+    def denormalized(self, latents: Tensor) -> Tensor:
         mean, std = self.moments()
-        return self.pipe.vae.decode(latents.to(mean) * std + mean, return_dict=False)[0].float()
+        return latents * std + mean
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [C, 1, 1, 1] of the autoencoder's latents."""
         vae = self.pipe.vae
         both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
         return both[0, :, None, None, None], both[1, :, None, None, None]
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        length = 1 + (self.frames - 1) // self.frame_multiple
-        return (self.net.config.in_channels, length, height // self.factor, width // self.factor)
-
-    @property
-    def factor(self) -> int:
-        return self.pipe.vae.config.scale_factor_spatial
-
-    @property
-    def frame_multiple(self) -> int:
-        return self.pipe.vae.config.scale_factor_temporal
 
     @property
     def native(self) -> tuple[int, int]:
@@ -89,9 +73,6 @@ class Wan(Family):
 
     def feature_tokens(self, out: Tensor | tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[1] if isinstance(out, tuple) else out  # experts return (output, tokens), a block tokens
-
-    def feature_width(self, net: nn.Module) -> int:
-        return net.config.num_attention_heads * net.config.attention_head_dim
 
 
 def middle(net: nn.Module) -> nn.Module:

@@ -84,6 +84,10 @@ class Case(NamedTuple):
 UNET = {"untouched": r"conv_in|conv_out|.*_embedding\..*"}
 SANA = r".*embedder.*|patch_embed.*|caption_projection.*|.*conv_depth"
 WAN = Case({"num_frames": 5}, sizes=((32, 32), (48, 32)), frames=5, untouched=r"patch_embedding|.*\.linear_\d", exports=False)
+LTX = Case(
+    {"num_frames": 9}, sizes=((32, 32), (64, 32)), frames=9, untouched=r"proj_in|caption_projection\..*|time_embed\.emb.*"
+)
+COG = Case({"num_frames": 5}, sizes=((32, 32), (32, 48)), frames=5, untouched=r"patch_embed\..*|time_embedding\..*")
 CASES = {
     "eps": Case(**UNET),
     "v": Case(exports=False, **UNET),
@@ -112,7 +116,19 @@ CASES = {
     ),
     "z image": Case(guided={"guidance_scale": SCALE - 1}),
     "lumina2": Case(rescale=as_long, sizes=((32, 32), (64, 48))),
-    **dict.fromkeys(("wan", "wan one", "wan token times"), WAN),
+    **dict.fromkeys(("wan", "wan one"), WAN),
+    "wan token times": WAN._replace(exports=True),
+    "ltx": LTX,
+    "cogvideox": COG,
+    "cogvideox rope": COG._replace(exports=False),
+    "cogvideox pairs": COG._replace(call={"num_frames": 9}, frames=9),
+    "hunyuanvideo": Case(
+        {"num_frames": 5},
+        guided=None,
+        sizes=((16, 16), (32, 16)),
+        frames=5,
+        untouched=r"x_embedder\.proj|.*_embed\..*|.*\.proj_in",
+    ),
 }
 
 
