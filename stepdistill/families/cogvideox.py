@@ -42,12 +42,12 @@ class CogVideoX(Video, Family):
         text = cond["text"].to(net.dtype)
         return net(x_t.to(net.dtype), text, self.timestep(t), image_rotary_emb=rope).sample
 
-    def normalized(self, z: Tensor) -> Tensor:
-        latents = super().normalized(z).transpose(1, 2)
+    def encode(self, images: Tensor) -> Tensor:
+        latents = super().encode(images).transpose(1, 2)
         return torch.cat([latents[:, :1]] * self.spare + [latents], 1)
 
-    def denormalized(self, latents: Tensor) -> Tensor:
-        return super().denormalized(latents[:, self.spare :].transpose(1, 2))
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents[:, self.spare :].transpose(1, 2))
 
     @property
     def spare(self) -> int:
@@ -73,5 +73,5 @@ class CogVideoX(Video, Family):
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.transformer_blocks[len(net.transformer_blocks) // 2]
 
-    def feature_tokens(self, out: tuple[Tensor, Tensor]) -> Tensor:
+    def feature_tokens(self, out: tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[0]  # a block returns (video, text) tokens

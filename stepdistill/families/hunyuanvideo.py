@@ -47,7 +47,7 @@ class HunyuanVideo(Video, Family):
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.transformer_blocks[-1]  # the last that keeps video and text apart
 
-    def feature_tokens(self, out: tuple[Tensor, Tensor]) -> Tensor:
+    def feature_tokens(self, out: tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[0]  # a block returns (video, text) tokens
 
     def add_guidance_embedding(self, net: nn.Module) -> None:

@@ -41,20 +41,20 @@ class LTX(Video, Family):
         ).sample
         return out.unflatten(1, grid)
 
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images).movedim(1, -1)
+
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae
-        z = self.denormalized(latents.to(vae.dtype))
+        mean, std = self.moments()
+        z = latents.to(vae.dtype).movedim(-1, 1) * std + mean
         time = torch.zeros(len(z), device=z.device, dtype=z.dtype) if vae.config.timestep_conditioning else None
         return vae.decode(z, temb=time, return_dict=False)[0].float()  # of newer autoencoders, told that there is no noise left
 
-    def normalized(self, z: Tensor) -> Tensor:
+    def moments(self) -> tuple[Tensor, Tensor]:
         vae = self.pipe.vae
-        z = self.pipe._normalize_latents(z, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-        return z.movedim(1, -1)
-
-    def denormalized(self, latents: Tensor) -> Tensor:
-        vae, z = self.pipe.vae, latents.movedim(-1, 1)
-        return self.pipe._denormalize_latents(z, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+        both = torch.stack([vae.latents_mean, vae.latents_std / vae.config.scaling_factor]).to(vae.device, vae.dtype)
+        return both[0, :, None, None, None], both[1, :, None, None, None]
 
     def packed(self, latents: Tensor) -> Tensor:
         return latents.flatten(1, 3)
@@ -82,5 +82,5 @@ class LTX(Video, Family):
     def feature_block(self, net: nn.Module) -> nn.Module:
         return net.transformer_blocks[len(net.transformer_blocks) // 2]
 
-    def feature_tokens(self, out: Tensor) -> Tensor:
+    def feature_tokens(self, out: Tensor, x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out

@@ -37,16 +37,7 @@ class Wan(Video, Family):
     def forward(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return net(x_t.to(net.dtype), self.timestep(t), cond["text"].to(net.dtype))[0]
 
-    def normalized(self, z: Tensor) -> Tensor:
-        mean, std = self.moments()
-        return (z - mean) / std
-
-    def denormalized(self, latents: Tensor) -> Tensor:
-        mean, std = self.moments()
-        return latents * std + mean
-
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [C, 1, 1, 1] of the autoencoder's latents."""
         vae = self.pipe.vae
         both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device, dtype=vae.dtype)
         return both[0, :, None, None, None], both[1, :, None, None, None]
