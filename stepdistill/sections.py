@@ -41,7 +41,9 @@ class Data:
     # a prompt a line (.txt), or in a column prompt, caption or text (.jsonl, .csv, .parquet); stepdistill/prompts has some
     # thousands of all kinds, stepdistill/tiny the captions of the embedded world
     prompts: Place
-    images: Place | None = None  # folder of pictures with a .txt caption beside each, or stepdistill/tiny
+    # folder of pictures with a .txt caption beside each, or a metadata.jsonl; of .tar shards of such (webdataset); of tables
+    # (.parquet, or what save_to_disk of `datasets` wrote); or stepdistill/tiny
+    images: Place | None = None
     count: int | None = ranged(None, low=1)  # so many prompts or pictures of what the package has; of files, at most so many
     # side, or [height, width], in pixels; null: what the network was made for
     resolution: int | tuple[int, int] | None = ranged(None, low=8, high=8192)

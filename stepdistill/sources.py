@@ -146,18 +146,27 @@ def check_prompts(source: str, there: bool = True) -> Iterator[str]:
 
 
 def check_images(source: str, there: bool = True) -> Iterator[str]:
-    """What is wrong with a picture source: the embedded world or a folder of captioned pictures."""
+    """What is wrong with a picture source: the embedded world, or a folder of captioned pictures of some kind."""
+    folder, wanted = Path(source), "a folder of pictures with captions"
     if source == EMBEDDED_DATA:
         return
-    folder = Path(source)
-    if not folder.is_dir():
+    if source.startswith(EMBEDDED):
+        yield f"{source} holds no pictures{suggestion(source, [EMBEDDED_DATA]) or f'; there is {EMBEDDED_DATA}'}"
+    elif folder.is_file():
+        yield f"{source} is a file; give the folder that it is in"
+    elif not folder.is_dir():
         if there:
-            yield _missing(source, "a folder of pictures with a .txt caption beside each", EMBEDDED_DATA)
-        return
-    pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    if not pictures:
-        kinds = ", ".join(sorted(PICTURES))
-        yield f"{source} holds no pictures; put {kinds} files there, each with a .txt caption beside it"
+            yield _missing(source, wanted, EMBEDDED_DATA)
+    else:
+        kinds = {file.suffix.lower() for file in folder.rglob("*")}
+        if not kinds & {*PICTURES, ".tar", ".parquet", ".arrow"}:
+            have = ", ".join(sorted(PICTURES))
+            yield (
+                f"{source} holds no pictures; put {have} files there, each with a .txt caption beside it, or named with its "
+                f"text in {METADATA}; or .tar shards of such; or .parquet or saved tables of `datasets`"
+            )
+        elif not kinds & {*PICTURES, ".tar"} and importlib.util.find_spec("pyarrow") is None:
+            yield f"{source}: {PYARROW}"
 
 
 def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> Iterator[str]:

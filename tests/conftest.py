@@ -16,6 +16,7 @@ from students import CASES, student
 from torch import nn
 
 from stepdistill import perceptual
+from stepdistill.data import tables
 from stepdistill.export import write_export
 
 torch.set_num_threads(1)  # the nets here are tiny: threads would wait for each other
@@ -71,6 +72,45 @@ def root(tmp_path):
         (tmp_path / "pictures" / f"{name}.png").write_bytes(b"picture")
         (tmp_path / "pictures" / f"{name}.txt").write_text(f"caption {name}")
     return tmp_path
+
+
+class Values(list):
+    """A column, as far as it is read."""
+
+    def to_pylist(self):
+        return list(self)
+
+    def __getitem__(self, i):
+        return types.SimpleNamespace(as_py=lambda: list(self)[i])
+
+
+@pytest.fixture
+def pyarrow(monkeypatch):
+    """As much of pyarrow as reads a table, two rows a group: a function that says which table every file then holds."""
+    table = {}
+
+    class Schema(list):
+        names = property(lambda self: [field.name for field in self])
+
+    class ParquetFile:
+        def __init__(self, path):
+            kinds = {name: "binary" if isinstance(values[0], bytes) else "string" for name, values in table.items()}
+            self.schema_arrow = Schema(types.SimpleNamespace(name=name, type=kind) for name, kind in kinds.items())
+            self.num_row_groups = -(-len(next(iter(table.values()))) // 2)
+
+        def read_row_group(self, part, columns):
+            return {name: Values(table[name][2 * part : 2 * part + 2]) for name in columns}
+
+    def holds(columns):
+        table.clear(), table.update(columns), tables.opened.cache_clear(), tables.held.cache_clear()
+
+    package, parquet = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
+    package.parquet, parquet.ParquetFile = parquet, ParquetFile
+    package.__spec__ = importlib.machinery.ModuleSpec("pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    yield holds
+    holds({})
 
 
 class Squares(nn.Module):

@@ -19,10 +19,12 @@ from .cache import Cache, Column, Entry, Store, fill
 from .drawings import drawings
 from .folder import folder_pictures
 from .picture import Picture, Skipped, fit
+from .shards import shard_pictures
+from .tables import table_pictures
 
 AREA, MOST = 8 * 512 * 512, 64  # pixels encoded at a time, and pictures
 LATENTS, SKIPPED = "latents", "skipped.txt"
-KINDS: tuple[Callable[[Path], Iterator[Picture | Skipped]], ...] = (folder_pictures,)
+KINDS: tuple[Callable[[Path], Iterator[Picture | Skipped]], ...] = (folder_pictures, shard_pictures, table_pictures)
 
 
 def read_pictures(source: str, count: int | None = None) -> Iterator[Picture | Skipped]:

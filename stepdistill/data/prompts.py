@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..sources import CAPTIONS, EMBEDDED_DATA, EMBEDDED_PROMPTS
 from ..tiny.world import scenes
 from .grammar import sentences
-from .tables import column
+from .tables import texts
 
 TINY_COUNT, TINY_SEED = 4096, 31  # drawings of the embedded world that students train on, unless data.count says else
 GRAMMAR_COUNT = 2048  # prompts of the grammar, unless data.count says else
@@ -85,4 +85,4 @@ def lacking(what: str) -> str:
     return f"is not {what} with a text under {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; mend or remove it"
 
 
-FILES: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": json_lines, ".csv": csv_rows, ".parquet": column}
+FILES: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": json_lines, ".csv": csv_rows, ".parquet": texts}

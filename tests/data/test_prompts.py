@@ -2,12 +2,12 @@
 
 import re
 import sys
-import types
 
 import pytest
 
 from stepdistill.data.grammar import FILE, WORDS, read_grammar
 from stepdistill.data.prompts import read_prompts
+from stepdistill.data.tables import opened
 from stepdistill.errors import UserError
 from stepdistill.tiny.world import Scene
 
@@ -53,34 +53,15 @@ def test_what_is_not_text_is_named(tmp_path):
         read_prompts(str(tmp_path / "a.txt"))
 
 
-@pytest.fixture
-def pyarrow(monkeypatch):
-    """As much of pyarrow as reads a table with the columns of `tables[0]`, two rows at a time."""
-    tables = [{"id": [1, 2, 3], "text": ["one", None, "three"]}]
-
-    class ParquetFile:
-        def __init__(self, path):
-            self.schema_arrow = types.SimpleNamespace(names=list(tables[0]))
-
-        def iter_batches(self, columns):
-            for i in range(0, 3, 2):
-                values = tables[0][columns[0]][i : i + 2]
-                yield types.SimpleNamespace(column=lambda k, v=values: types.SimpleNamespace(to_pylist=lambda: v))
-
-    package, parquet = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
-    package.parquet, parquet.ParquetFile = parquet, ParquetFile
-    monkeypatch.setitem(sys.modules, "pyarrow", package)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    return tables
-
-
 def test_prompts_of_a_parquet_file(pyarrow, monkeypatch):
+    pyarrow({"id": [1, 2, 3], "text": ["one", None, "three"]})
     assert read_prompts("some.parquet") == ["one", "three"]
-    pyarrow[0] = {"words": ["one"]}
-    with pytest.raises(UserError, match="has no column prompt, caption or text, only words; rename one"):
+    pyarrow({"words": ["one"]})
+    with pytest.raises(UserError, match=r"cannot be read as Parquet \(no column prompt, caption or text, only words\)"):
         read_prompts("some.parquet")
+    opened.cache_clear()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"not installed: pip install 'stepdistill\[data\]'"):
+    with pytest.raises(UserError, match=r"^Parquet and Arrow .* not installed: pip install 'stepdistill\[data\]'"):
         read_prompts("some.parquet")
 
 
