@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoint, distributed
-from .assemble import assemble
+from torch import nn
+
+from . import checkpoint, devices, distributed
+from .assemble import Distillation, assemble
 from .data import build_batches
+from .devices import placed
 from .errors import Diverged, UserError
 from .evaluate.grid import Samples
 from .evaluate.table import evaluate
@@ -86,7 +89,9 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     if start is not None:
         trainer.load(start)
         line.say(f"going on from {start} at step {trainer.at}")
-    loop(run, trainer, line)
+    samples = Samples(distillation, run.folder / "samples", line)
+    with placed(idle(distillation), devices.IDLE):
+        loop(run, trainer, samples, line)
 
     line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
     if recipe.eval.n:
@@ -95,9 +100,15 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     return run
 
 
-def loop(run: Run, trainer: Trainer, line: Line) -> None:
+def idle(distillation: Distillation) -> list[nn.Module]:
+    """The parts of the pipeline that training does not need once everything is encoded."""
+    family = distillation.family
+    return family.encoders + ([] if distillation.strategy.decodes else [family.pipe.vae])
+
+
+def loop(run: Run, trainer: Trainer, samples: Samples, line: Line) -> None:
     """Step until train.steps, with the log, sample grids and checkpoints on the way."""
-    recipe, samples = trainer.recipe, Samples(trainer.distillation, run.folder / "samples", line)
+    recipe = trainer.recipe
     main = distributed.rank() == 0
     log, began, first = Log(run.folder, trainer.at), time.monotonic(), trainer.at
     if recipe.eval.every and trainer.at == 0 and main:

@@ -48,6 +48,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "errors": set(),
     "architectures": set(),
     "meta": {"architectures", "families"},
+    "devices": set(),
     "extras": {"errors"},
     "optimizers": {"extras", "sections"},
     "fields": set(),

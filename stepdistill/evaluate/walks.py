@@ -18,6 +18,7 @@ from torch import Tensor
 from ..assemble import Distillation
 from ..batch import Draw, seed_of
 from ..data.texts import Texts
+from ..devices import placed, tiled
 from ..sampling import Inference, Normal, sample
 
 Walk = Callable[[Tensor, dict[str, Tensor], dict[str, Tensor] | None, Normal], Tensor]
@@ -88,7 +89,9 @@ def sampler(distillation: Distillation, walk: Walk, seed: int = 0, batch: int = 
             noise = draw.normal(torch.empty(len(some), *shape))
             cond = {name: x.to(device) for name, x in texts(some).items()}
             nulls = texts.null and {name: x.expand(len(some), *x.shape[1:]) for name, x in texts.null.items()}
-            out.append(to_pixels(family.decode(walk(noise, cond, nulls, draw.normal))))
+            latents = walk(noise, cond, nulls, draw.normal)
+            with placed([family.pipe.vae], device), tiled(family.pipe.vae, family.size):
+                out.append(to_pixels(family.decode(latents)))
         return np.concatenate(out)
 
     return pictures

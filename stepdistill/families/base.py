@@ -136,6 +136,13 @@ class Family(ABC):
         return 1
 
     @property
+    def encoders(self) -> list[nn.Module]:
+        """The pipeline's parts that are neither its networks nor its autoencoder."""
+        others = [getattr(self.pipe, name) for name in (*self.networks, "vae")]
+        parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        return [part for part in parts if not any(part is other for other in others)]
+
+    @property
     def networks(self) -> dict[str, str]:
         """Attributes of the pipeline whose networks make up `net`, each with what the names of its parameters begin with."""
         return {self.net_name: ""}

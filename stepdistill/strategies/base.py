@@ -18,10 +18,11 @@ Loss = tuple[str, Tensor, dict[str, Tensor]]  # player, scalar to minimize, name
 
 @dataclass
 class Strategy:
-    """Hyper-parameters are fields, the maths is in `losses`; `roles` and `needs` may also be properties."""
+    """Hyper-parameters are fields, the maths is in `losses`; `roles`, `needs` and `decodes` may also be properties."""
 
     roles: ClassVar[tuple[str, ...]] = ("student",)  # made beside the teacher, and equal to it at first
     needs: ClassVar[frozenset[str]] = frozenset()  # fields of Batch, beyond noise, cond and null, that data must fill
+    decodes: ClassVar[bool] = False  # whether losses call roles.decode; else the autoencoder leaves the device while training
     stages: ClassVar[int] = 1  # that `stage` tells apart; training must last until the last of them
 
     def check(self) -> Iterator[str]:

@@ -70,6 +70,10 @@ class DMD(Strategy):
     roles = ("student", "fake")
     needs = frozenset({"pairs"})
 
+    @property
+    def decodes(self):
+        return self.distance == "lpips"
+
     def check(self):
         yield from check_ranges(self, "t_range")
         if self.distance == "lpips" and not perceptual.installed():

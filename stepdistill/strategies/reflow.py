@@ -76,6 +76,10 @@ class Reflow(Strategy):
     needs = frozenset({"pairs"})
 
     @property
+    def decodes(self):
+        return self.distance == "lpips_huber"
+
+    @property
     def stages(self) -> int:
         return 1 if self.reflow_steps is None else 2
 
