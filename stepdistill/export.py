@@ -7,6 +7,7 @@ student_1.safetensors, ...         where several students take turns: a file eac
                                    the first is in pipeline/, the others are networks in student_2/, ...
 pytorch_lora_weights_transformer_2.safetensors   of the second expert, where a pipeline has two
 scheduler/scheduler_config.json
+comfyui_workflow.json              where ComfyUI is known to sample the student: to be opened in its window
 stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
 """
 
@@ -36,6 +37,8 @@ from .lora_files import kohya_header, peft_state
 from .lora_sources import NAME
 from .sampling import sample
 from .serve import open_export
+from .workflow import NAME as WORKFLOW
+from .workflow import workflow
 
 FORMATS = ("diffusers", "kohya", "fused")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # by the base's dtype; of what, `distance` says
@@ -82,6 +85,8 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
                 WRITERS[form](distillation, told, part, tmp / file)
         told.build_scheduler().save_pretrained(tmp / "scheduler")
         (tmp / SIDECAR).write_text(told.to_json(), encoding="utf-8")
+        if graph := workflow(told):
+            (tmp / WORKFLOW).write_text(json.dumps(graph, indent=1), encoding="utf-8")
         write_card(tmp, run or out.parent)
         finding = check_export(distillation, tmp)
         mode = (tmp / SIDECAR).stat().st_mode

@@ -232,7 +232,8 @@ def _sampler(distillation: Distillation, steps: int | None) -> Sampler:
     family, how = distillation.family, distillation.inference(steps)
     try:
         config = family.pipe.scheduler.config
-        found = find_sampler(family.schedule, family.kind, config, how, family.passes_sigmas, family.takes)
+        about = family.passes_sigmas, family.takes, family.comfyui_shifter
+        found = find_sampler(family.schedule, family.kind, config, how, *about)
     except ValueError as error:
         raise UserError(f"a stock pipeline cannot sample this student: {error}") from None
     told = None if how.told is None else family.timestep(torch.tensor(how.told)).item()

@@ -56,12 +56,14 @@ def find_sampler(
     how: Inference,
     passes_sigmas: bool = False,
     takes: Collection[str] = LISTS,
+    shifter: str | None = "ModelSamplingSD3",
 ) -> Sampler:
     """The stock sampler that takes the same steps as `sampling.sample`; its `told` is for those who know the network's units.
 
     config: of the teacher's own scheduler, whose noise table (if it has one) the result copies.
     passes_sigmas: the pipeline hands its scheduler the sigmas 1 - k/n itself, see `Family`.
     takes: which of LISTS the pipeline has as arguments.
+    shifter: ComfyUI's node that shifts the times of its flow models, one of SHIFTERS; None: not known.
 
     Raises:
         ValueError: a stock pipeline cannot do what `how` says; the message says why.
@@ -83,8 +85,9 @@ def find_sampler(
             full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
             students = tuple(hop.role for hop in how.hops)
             students = students if len(set(students)) > 1 else students[:1]
-            # FLUX, Sana-Sprint: not known; and those programs tell a network its sampler's own times
-            words = {} if passes_sigmas or how.told is not None or sampler.scheduler == SCM else elsewhere(schedule, kind, how)
+            # those programs tell a network its sampler's own times; SCMScheduler's are angles
+            other = how.told is not None or sampler.scheduler == SCM
+            words = {} if other else elsewhere(schedule, kind, how, shifter)
             return Sampler(sampler.scheduler, full, sampler.call, students, **words)
         tried.append(f"{sampler.scheduler} is off by {off:.1g}")
     times = ", ".join(f"{hop.time:.4g}" for hop in how.hops)
@@ -255,22 +258,32 @@ def turned(scheduler: diffusers.SCMScheduler, schedule: Schedule, x: Tensor, tim
     return x * scheduler.config.sigma_data / (alpha**2 + sigma**2).sqrt()
 
 
-def elsewhere(schedule: Schedule, kind: Kind, how: Inference) -> dict[str, dict[str, Any]]:
+SHIFTERS = {"ModelSamplingSD3": 1000, "ModelSamplingFlux": 10000}  # ComfyUI's node: entries of its table of times
+
+
+def elsewhere(schedule: Schedule, kind: Kind, how: Inference, shifter: str | None) -> dict[str, dict[str, Any]]:
     """What to choose in ComfyUI and A1111 to load a LoRA with, where their `simple` grid is exactly ours.
 
-    ComfyUI's takes entry 999 - int(k 1000 / n) of 1000 for k = 0, 1, ... (comfy/samplers.py); A1111's LCM sampler has
-    every 20th entry only (sd_samplers_lcm.py). Tables that predict other than eps need settings of the model: left out.
+    ComfyUI's takes entry 999 - int(k 1000 / n) of 1000 for k = 0, 1, ... (comfy/samplers.py), FLUX.1's of 10000, whose node
+    takes the logarithm of the shift, once for large and once for small pictures; A1111's LCM sampler has every 20th entry
+    only (sd_samplers_lcm.py). Tables that predict other than eps need settings of the model: left out.
     """
     n, times = len(how.hops), [hop.time for hop in how.hops]
-    entries = [999 - int(k * 1000 / n) for k in range(n)]
+    size = SHIFTERS.get(shifter, 1000) if isinstance(schedule, RectifiedFlow) else 1000
+    entries = [size - 1 - int(k * size / n) for k in range(n)]
     comfyui = {"sampler": "lcm" if how.draws else "euler", "scheduler": "simple", "cfg": 1.0}
     roles = [hop.role for hop in how.hops]
     if len(set(roles)) > 1:  # one KSampler (Advanced) for each LoRA
         first = {role: roles.index(role) for role in roles}
         comfyui |= {role: f"steps {k} to {k + roles.count(role)}" for role, k in first.items()}
     if isinstance(schedule, RectifiedFlow):
-        simple = schedule.warp(torch.tensor([(entry + 1) / 1000 for entry in entries], dtype=torch.float64)).tolist()
-        return {"comfyui": comfyui | {"ModelSamplingSD3 shift": schedule.shift}} if near(simple, times) else {}
+        simple = schedule.warp(torch.tensor([(entry + 1) / size for entry in entries], dtype=torch.float64)).tolist()
+        if shifter is None or not near(simple, times):
+            return {}
+        if shifter == "ModelSamplingFlux":
+            log = round(math.log(schedule.shift), 6)
+            return {"comfyui": comfyui | {"ModelSamplingFlux max_shift": log, "ModelSamplingFlux base_shift": log}}
+        return {"comfyui": comfyui | {f"{shifter} shift": schedule.shift}}
     if kind != "eps" or len(schedule.theta) != 1000 or how.eta is not None:  # of what ends at timestep 0 none is known
         return {}
     found = {"comfyui": comfyui} if near([entry / 999 for entry in entries], times) else {}

@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from worlds import SD_SCHEDULER, VP
 
 from stepdistill.families.base import read_kind, read_schedule
-from stepdistill.samplers import TOLERANCE, Sampler, deviation, find_sampler
+from stepdistill.samplers import LISTS, TOLERANCE, Sampler, deviation, find_sampler
 from stepdistill.sampling import Hop, Inference, trailing
 from stepdistill.schedules import RectifiedFlow
 
@@ -66,7 +68,7 @@ def test_a_pipeline_that_passes_sigmas_needs_only_the_shift(renoise, n):
     sampler = find_sampler(schedule, "flow", TEACHERS["shift3"].config, how, passes_sigmas=True)
     scheduler = sampler.build()
     scheduler.set_timesteps(sigmas=[1 - k / n for k in range(n)])  # as FluxPipeline does
-    assert sampler.call == {"num_inference_steps": n} and sampler.comfyui is None
+    assert sampler.call == {"num_inference_steps": n}
     assert scheduler.sigmas.tolist() == pytest.approx([*SIGMAS["shift3"][n], 0], abs=1e-6)
 
 
@@ -227,3 +229,8 @@ def test_words_of_other_programs_are_told_only_where_they_are_exact():
     assert find("v", 4).comfyui is None
     assert find("shift3", 4, False).comfyui == comfy | {"sampler": "euler", "ModelSamplingSD3 shift": 3.0}
     assert find("flow", 2, hops=(Hop(0.9), Hop(0.6))).comfyui is None
+    schedule = RectifiedFlow(math.exp(1.15))  # FLUX.1's at 1024 x 1024
+    flux = schedule, "flow", TEACHERS["flow"].config, Inference(trailing(schedule.grid(4)), True), True, LISTS
+    both = {"ModelSamplingFlux max_shift": 1.15, "ModelSamplingFlux base_shift": 1.15}
+    assert find_sampler(*flux, "ModelSamplingFlux").comfyui == comfy | both
+    assert find_sampler(*flux, None).comfyui is None

@@ -26,6 +26,7 @@ class Family(ABC):
     net_name: ClassVar[str] = "transformer"  # attribute of the pipeline that is distilled; also the LoRA key prefix
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     kohya_prefix: ClassVar[str | None] = None  # of modules in kohya's LoRA files; None: the family has no such file
+    comfyui_shifter: ClassVar[str | None] = None  # ComfyUI's node that shifts the times of this flow model; None: not known
     sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
     guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
     rising: ClassVar[bool] = False  # the network's own time rises as noise falls

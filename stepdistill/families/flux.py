@@ -17,6 +17,7 @@ class Flux(Packed, Family):
     pipeline = "FluxPipeline"
     guidance_distilled = True
     kohya_prefix = "lora_unet_"
+    comfyui_shifter = "ModelSamplingFlux"
     lora_targets = (
         *Packed.lora_targets,
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
