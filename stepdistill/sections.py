@@ -190,7 +190,7 @@ def check_guidance(family: Any, strategy: Any, pairs: float | None) -> Iterator[
 
     family: a pipeline family, or its class. pairs: the scale `pairs.guidance`.
     """
-    if not family.guidance_distilled:
+    if family.guidance_distilled is not True:  # of a class it may be a property: that is known once it is loaded
         return
     why = f"the guidance of a {family.pipeline} is distilled into it, so it has no unconditional prediction to be guided with"
     if getattr(strategy, "decoupled", False):

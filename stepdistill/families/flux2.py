@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
 from .base import Family, shifted
@@ -26,6 +25,8 @@ class Flux2(Packed, Family):
     )
 
     def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
         super().__init__(pipe, size, frames)
         if pipe.scheduler.config.use_dynamic_shifting:
             self.schedule = shifted(

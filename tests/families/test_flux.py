@@ -10,9 +10,11 @@ from students import student
 from torch import nn
 
 from stepdistill.errors import UserError
-from stepdistill.families import FAMILIES, Flux
+from stepdistill.families import FAMILIES, Flux, Flux2Klein
 from stepdistill.roles import Denoiser, build_roles
 from stepdistill.schedules import RectifiedFlow
+from stepdistill.sections import check_guidance
+from stepdistill.strategies import STRATEGIES
 
 VARIANTS = {"dev": {}, "schnell": {"guidance_embeds": False, "use_dynamic_shifting": False, "shift": 1.0}}
 SIZES = [(16, 16), (32, 24)]
@@ -117,6 +119,12 @@ def test_guidance_is_refused_of_a_hub_id_too(tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.sections.pipeline_class", lambda source: None)
     with pytest.raises(UserError, match=r"strategy.guidance: 8\.0, but the guidance of a FluxPipeline"):
         student(tmp_path, "flux", "data.resolution=16", strategy="{name: dmd2}")
+
+
+def test_a_class_whose_pipelines_differ_is_not_refused_before_it_is_loaded():
+    dmd2 = STRATEGIES["dmd2"](guidance=4.0)
+    assert list(check_guidance(Flux, dmd2, None)) and not list(check_guidance(Flux2Klein, dmd2, None))
+    assert list(check_guidance(Flux2Klein(pipelines.flux2(klein=True, distilled=True)), dmd2, None))
 
 
 def test_lora_targets_reach_every_kind_of_layer():
