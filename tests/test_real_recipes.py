@@ -25,6 +25,7 @@ MODELS = {  # that they name -> a tiny pipeline of the same kind
     "Tongyi-MAI/Z-Image": z_image,
     "Qwen/Qwen-Image": qwen_image,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": wan,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": lambda: wan(boundary_ratio=0.875),
 }
 SMALL = {  # keys of every recipe
     **{"model.dtype": "float32", "model.variant": "null"},
