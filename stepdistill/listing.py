@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .sources import embedded_models, suggestion
@@ -40,15 +41,55 @@ def recipes() -> dict[str, str]:
     return {name: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, file in shipped().items()}
 
 
-def registry(folder: Path) -> dict[str, str]:
-    """The keys of the literal dict in folder/__init__.py, each with the first line of its class's module."""
-    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
-    homes = {name.name: item.module for item in tree.body if isinstance(item, ast.ImportFrom) for name in item.names}
+def registry(folder: Path) -> dict[str, tuple[str, Path]]:
+    """The keys of the literal dict in folder/__init__.py, each with its class and the module that defines it."""
+    tree = parsed(folder / "__init__.py")
+    homes = siblings(tree, folder)
     table = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+    return {key.value: (value.id, homes[value.id]) for key, value in zip(table.keys, table.values, strict=True)}
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def siblings(tree: ast.Module, folder: Path) -> dict[str, Path]:
+    """What a module imports from others of its folder, each name with its file."""
+    imports = [item for item in tree.body if isinstance(item, ast.ImportFrom) and item.level == 1]
+    return {name.name: folder / f"{item.module}.py" for item in imports for name in item.names}
+
+
+def headline(file: Path) -> str:
+    """The first line of a module's docstring."""
+    return (ast.get_docstring(parsed(file)) or "").split("\n")[0]
+
+
+def constants(name: str, file: Path) -> dict[str, Any]:
+    """What a class has in its body, its parents' first: constants by name; of all else, the piece of syntax that it is."""
+    tree = parsed(file)
+    made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    homes = {node.name: file for node in tree.body if isinstance(node, ast.ClassDef)} | siblings(tree, file.parent)
+    found: dict[str, Any] = {}
+    for parent in (base.id for base in reversed(made.bases) if base.id in homes):
+        found |= constants(parent, homes[parent])
+    for node in made.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found[target.id] = node.value.value if isinstance(node.value, ast.Constant) else node.value
+    return found
+
+
+def families() -> dict[str, str]:
+    """Pipelines, each with what its students draw, its teacher's guidance, the LoRA files of its students, and its models."""
     found = {}
-    for key, value in zip(table.keys, table.values, strict=True):
-        source = (folder / f"{homes[value.id]}.py").read_text(encoding="utf-8")
-        found[key.value] = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
+    for pipeline, (name, file) in registry(HERE / "families").items():
+        of = constants(name, file)
+        draws = "pictures" if of["frames"] is None else "videos"
+        guidance = {True: "distilled guidance", False: "guided"}.get(of["guidance_distilled"], "guided or distilled")
+        files = "diffusers" if of["kohya_prefix"] is None else "diffusers, kohya"
+        found[pipeline] = f"{draws:<10}{guidance:<21}{files:<18}{headline(file).partition(':')[0]}"
     return found
 
 
@@ -64,7 +105,7 @@ def models() -> dict[str, str]:
 
 SHELVES = {
     "recipes": recipes,
-    "strategies": lambda: registry(HERE / "strategies"),
-    "families": lambda: registry(HERE / "families"),
+    "strategies": lambda: {name: headline(file) for name, (_, file) in registry(HERE / "strategies").items()},
+    "families": families,
     "models": models,
 }

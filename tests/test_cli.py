@@ -14,6 +14,7 @@ import stepdistill
 from stepdistill import cli, doctor
 from stepdistill.cli import main
 from stepdistill.errors import Diverged, UserError
+from stepdistill.families import FAMILIES
 from stepdistill.listing import shipped
 from stepdistill.recipe import load_recipe
 from stepdistill.strategies import STRATEGIES
@@ -65,6 +66,17 @@ def test_ls(capsys):
     status, out, _ = run(capsys, "ls", "strategies")
     assert {line.split()[0] for line in out.splitlines()[1:]} == set(STRATEGIES)
     assert "arXiv:2310.04378" in out
+
+
+def test_families_are_listed_as_they_are(capsys):
+    """Read from the source, without importing any of it; here beside the classes."""
+    _, out, _ = run(capsys, "ls", "families")
+    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert set(rows) == set(FAMILIES)
+    for name, kind in FAMILIES.items():
+        assert (" videos " in rows[name], ", kohya " in rows[name]) == (kind.frames is not None, kind.kohya_prefix is not None)
+        known = {True: " distilled guidance ", False: " guided "}.get(kind.guidance_distilled, " guided or distilled ")
+        assert known in rows[name]
 
 
 def test_cat_prints_the_file(capsys):

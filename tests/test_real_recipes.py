@@ -1,5 +1,6 @@
 """Recipes of real models: each is in order, says what its reader needs, and runs on the tiny pipeline of its family."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,20 @@ SHORT = {  # keys of those whose strategies have stages or warm up: the second i
     "dmd2": {"strategy.student_every": 1},  # at first the critic is the teacher: an unguided student has nothing to learn
     "rcm": {"strategy.warmup": 0},
 }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_header_says(monkeypatch, name):
+    """It names the model, and all that it proposes to change can be changed so."""
+    monkeypatch.setattr("stepdistill.perceptual.installed", lambda: True)
+    recipe, lines = load_recipe(RECIPES[name], there=False), RECIPES[name].read_text().split("\nmodel:")[0].splitlines()
+    title, header = lines[0], " ".join(line.lstrip("# ") for line in lines)
+    assert title.endswith(".") and ": " in title
+    assert f"stepdistill train {name}" in header and f"stepdistill plan {name} --gpu" in header
+    assert re.search(r" Download: [\d.]+ GB.* Expected memory: .* Smaller card: ", header) and recipe.model.source in header
+    assert "arXiv:" in header or "github.com/" in header or re.search(r"As dmd2_\w+, ", header)
+    proposed = re.findall(r"\b([a-z]+\.[a-z_]+=(?:'[^']*'|[^\s,;)]+))", header)
+    assert load_recipe(RECIPES[name], [text.replace("'", "").rstrip(".") for text in proposed], there=False)
 
 
 @pytest.fixture(scope="module")
