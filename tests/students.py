@@ -24,6 +24,8 @@ PIPELINES = {
     "eps": lambda: sd("epsilon"),
     "v": lambda: sd("v_prediction"),
     "sdxl": sdxl,
+    "sdxl empty": lambda: sdxl(force_zeros=False),  # whose unconditional prediction is that of the empty prompt
+    "no t5": sd3,
     "flow": lambda: silent_sd3(3.0),
     "shift1": lambda: sd3(with_t5=True, shift=1.0),
     "dual": lambda: sd3(with_t5=True, dual=(0,)),
@@ -62,6 +64,8 @@ CASES = {  # of exports: teacher, strategy, overrides
     "phased-eps": ("eps", "{name: phased_dmd, phase_steps: 1}", ["train.steps=2", "train.ema=0.9"]),
     "phased-flow-whole": ("flow", "{name: phased_dmd, phase_steps: 1, renoise: true}", ["train.steps=2", "lora=null"]),
     "dmd2-flux-renoising": ("flux", "{name: dmd2, guidance: 1, renoise: true}", ["data.resolution=16"]),
+    "dmd2-pixart": ("pixart", "{name: dmd2}", []),
+    "dmd2-sana-sprint": ("sana sprint", "{name: dmd2, guidance: 1, renoise: true, steps: 2}", ["data.resolution=32"]),
     "boot-eps": ("eps", "{name: boot}", ["train.ema=0.9"]),
     "boot-flow": ("flow", "{name: boot}", []),
     "boot-sdxl-whole": ("sdxl", "{name: boot}", ["lora=null"]),

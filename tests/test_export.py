@@ -56,7 +56,10 @@ def plain(made, tmp_path_factory):
         job = {
             "model": told.base if told.lora else "pipeline",
             "lora": bool(told.lora),
-            "wrapped": len(told.worn) > 1 or told.sampler.told is not None or told.loras != (),
+            "wrapped": len(told.worn) > 1
+            or told.sampler.told is not None
+            or told.loras != ()
+            or (told.lora or {}).get("loader") == "peft",
             "scheduler": told.sampler.scheduler,
             "prompts": PROMPTS,
             "call": told.arguments,

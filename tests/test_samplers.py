@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from worlds import SD_SCHEDULER, VP
 
 from stepdistill.families.base import read_kind, read_schedule
@@ -234,3 +234,20 @@ def test_words_of_other_programs_are_told_only_where_they_are_exact():
     both = {"ModelSamplingFlux max_shift": 1.15, "ModelSamplingFlux base_shift": 1.15}
     assert find_sampler(*flux, "ModelSamplingFlux").comfyui == comfy | both
     assert find_sampler(*flux, None).comfyui is None
+
+
+@pytest.mark.parametrize("times", [(1.0,), (1.0, 0.4)])
+def test_angles_of_pipelines_that_speak_of_trigflow(times):
+    """Sana-Sprint's scheduler walks any one or two times of rectified flow, and renoises between them."""
+    sampler = find(SCMScheduler(), len(times), hops=tuple(Hop(time) for time in times))
+    assert sampler.scheduler == "SCMScheduler" and sampler.call["num_inference_steps"] == len(times)
+    assert sampler.call["intermediate_timesteps"] == (pytest.approx(math.atan2(0.4, 0.6)) if len(times) > 1 else None)
+
+
+@pytest.mark.parametrize(
+    ("times", "renoise", "told"),
+    [((1.0, 0.5), False, "set renoise to true"), ((1.0, 0.75, 0.5, 0.25), True, "no stock scheduler visits the times")],
+)
+def test_angles_that_no_trigflow_pipeline_visits(times, renoise, told):
+    with pytest.raises(ValueError, match=told):
+        find(SCMScheduler(), len(times), renoise, hops=tuple(Hop(time) for time in times))

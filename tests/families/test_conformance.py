@@ -92,6 +92,8 @@ CASES = {
     "eps": Case(**UNET),
     "v": Case(exports=False, **UNET),
     "sdxl": Case(asked=asked_by_euler, **UNET),
+    "sdxl empty": Case(asked=asked_by_euler, exports=False, **UNET),
+    "no t5": Case(exports=False),
     "flow": Case(),  # SD3 whose T5 says nothing
     "dual": Case(exports=False),
     "flux": Case(guided=None),
