@@ -91,7 +91,7 @@ def snippet(told: Serving) -> str:
         *imports,
         *(["from safetensors.torch import load_file"] if by_peft else []),
         "",
-        'here = "."  # the folder of this card' + (", or its name on the Hub" if form not in WHOLE else ""),
+        'here = "."  # the folder of this card' + ("" if form in WHOLE or by_peft else ", or its name on the Hub"),
         *([f"how = {how.format(told.dtype)}"] if how else []),
         *([f"quantized = PipelineQuantizationConfig(quant_mapping={{{networks}}})"] if how else []),
         f"pipe = {told.pipeline}.from_pretrained({source}, dtype=torch.{told.dtype})",

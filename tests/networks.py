@@ -30,13 +30,14 @@ class Promoted(TorchFunctionMode):
         return function(*args, **{key: F64 if x is torch.float32 else x for key, x in (kwargs or {}).items()})
 
 
-def of_family(pipe):
-    """The student of a pipeline's family: a function of x_t and t, and the pictures' shape."""
+def of_family(pipe, side=16):
+    """The student of a pipeline's family: a function of x_t and t, and the shape of pictures with so many pixels a side."""
     family = FAMILIES[type(pipe).__name__](pipe)
     roles = build_roles(family, ("student",), rank=4)
-    cond = {name: x.double() for name, x in family.encode_prompts(["a red cat", "a blue dog"]).items()}
+    told = family.encode_prompts(["a red cat", "a dog"])
+    cond = {name: x.double() if x.is_floating_point() else x for name, x in told.items()}
     stir(family.net)
-    return family.net, lambda x, t: roles.student(x, t, cond).flow, family.latent_shape(16, 16)
+    return family.net, lambda x, t: roles.student(x, t, cond).flow, family.latent_shape(side, side)
 
 
 def alone(net: nn.Module, shape: tuple[int, ...], noise: float = 1000, **call):
@@ -64,38 +65,12 @@ def lengths(tokens: int, dtype=torch.int64) -> Tensor:
     return (torch.arange(tokens) < torch.tensor([[tokens], [tokens - 2]])).to(dtype)
 
 
-def pixart():
-    net = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, cross_attention_dim=16,
-        sample_size=8, caption_channels=12, use_additional_conditions=False,
-    )  # fmt: skip
-    call = {"encoder_hidden_states": text(6, 12), "encoder_attention_mask": lengths(6), "added_cond_kwargs": {}}
-    return alone(net, (4, 8, 8), **call)
-
-
-def sana():
-    net = diffusers.SanaTransformer2DModel(
-        patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=4, sample_size=8,
-        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
-    )  # fmt: skip
-    return alone(net, (4, 8, 8), encoder_hidden_states=text(6, 8), encoder_attention_mask=lengths(6))
-
-
 def dit():
     net = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
         num_embeds_ada_norm=10,
     )  # fmt: skip
     return alone(net, (4, 8, 8), class_labels=torch.tensor([3, 7]))
-
-
-def qwen_image():
-    net = diffusers.QwenImageTransformer2DModel(
-        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
-    )  # fmt: skip
-    call = {"encoder_hidden_states": text(6, 16), "encoder_hidden_states_mask": lengths(6), "img_shapes": [[(1, 4, 4)]] * 2}
-    return alone(net, (16, 16), noise=1, **call)
 
 
 def ltx():
@@ -130,10 +105,12 @@ NETWORKS = {
     "sd3": lambda: of_family(pipelines.sd3()),
     "flux": lambda: of_family(pipelines.flux()),
     "wan 2.2": lambda: of_family(pipelines.wan(boundary_ratio=0.6)),
-    "pixart": pixart,
-    "sana": sana,
+    "pixart": lambda: of_family(pipelines.pixart()),
+    "sana": lambda: of_family(pipelines.sana()),
+    "qwen image": lambda: of_family(pipelines.qwen_image()),
+    "z image": lambda: of_family(pipelines.z_image()),
+    "lumina2": lambda: of_family(pipelines.lumina2(), 64),
     "dit": dit,
-    "qwen image": qwen_image,
     "ltx": ltx,
     "cogvideox": cogvideox,
     "hunyuan video": hunyuan_video,

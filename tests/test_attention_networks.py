@@ -23,8 +23,10 @@ CALLS = {  # of attention, by which of query, key and value have tangents: text 
     "wan 2.2": {"111": 4, "100": 4},  # one sample for each expert
     "pixart": {"111": 2, "100": 2},
     "sana": {"100": 2},  # attention to itself is linear there
-    "dit": {"111": 2},
     "qwen image": {"111": 2},
+    "z image": {"111": 3, "000": 1},
+    "lumina2": {"111": 3, "000": 1},
+    "dit": {"111": 2},
     "ltx": {"111": 2, "100": 2},
     "cogvideox": {"111": 2},
     "hunyuan video": {"111": 2, "000": 1},  # the text's own

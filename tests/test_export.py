@@ -78,7 +78,7 @@ def test_plain_diffusers_gives_the_trainers_samples(made, plain, case):
     distillation, out = made[case]
     ours = trainers_latents(distillation, read_export(out), noise(distillation))
     theirs = torch.load(plain[case] / "latents.pt").reshape(ours.shape)  # FLUX packs them
-    assert (theirs - ours).abs().max() <= 1e-4
+    assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max().clamp(min=1)  # PixArt's are hundreds
     if "told" not in case:  # the teacher has no such input
         same = distillation.roles.swap(**{who: distillation.roles.teacher for who in distillation.roles if "student" in who})
         teacher = trainers_latents(dataclasses.replace(distillation, roles=same), read_export(out), noise(distillation))

@@ -29,6 +29,7 @@ class Family(ABC):
     comfyui_shifter: ClassVar[str | None] = None  # ComfyUI's node that shifts the times of this flow model; None: not known
     sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
     guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
+    elsewhere: ClassVar[bool] = False  # ComfyUI or A1111 are known to sample it, see `samplers.elsewhere`
     rising: ClassVar[bool] = False  # the network's own time rises as noise falls
     frames: int | None = None  # of a video, [B, 3, frames, H, W] in pixels; None: pictures. The default of the pipeline
     fps: float | None = None  # frames a second of its videos
