@@ -65,7 +65,8 @@ def pipeline_class(source: str) -> str | None:
 
 
 def check_model(source: str, variant: str | None = None, families: Collection[str] = (), there: bool = True) -> Iterator[str]:
-    """What is wrong with a model source. `families`: the pipeline classes that can be distilled; empty: not checked."""
+    """What is wrong with a model source. `families`: the pipeline classes that have a family; others that diffusers has are
+    found out as they are loaded. Empty: not checked."""
     if is_hub_id(source):
         return
     known = embedded_models()
@@ -101,8 +102,8 @@ def _check_pipeline(folder: Path, source: str, variant: str | None, families: Co
         yield f"{source}/model_index.json cannot be read; save the pipeline again"
         return
     name = index.get("_class_name", "")
-    if families and name not in families:
-        yield f"{source} holds a {name}, which is not supported; supported are {', '.join(sorted(families))}"
+    if families and name not in families and not in_diffusers(name):
+        yield f"{source} holds a {name}, which the installed diffusers lacks; well known are {', '.join(sorted(families))}"
     for part in parts:
         if not (folder / part).is_dir():
             yield f"{source} lacks its folder {part}, which model_index.json names; copy the whole pipeline"
@@ -115,6 +116,12 @@ def _check_pipeline(folder: Path, source: str, variant: str | None, families: Co
         if variant and safe and not any(f".{variant}." in name for name in safe):
             have = ", ".join(safe)
             yield f"{source}/{part} has no weights of the variant {variant}, only {have}; leave model.variant out"
+
+
+def in_diffusers(name: str) -> bool:
+    """Whether the installed diffusers has a class of that name; it is not imported."""
+    package = importlib.util.find_spec("diffusers")
+    return bool(name) and package is not None and f'"{name}"' in Path(package.origin).read_text(encoding="utf-8")
 
 
 def check_prompts(source: str, there: bool = True) -> Iterator[str]:

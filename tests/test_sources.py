@@ -23,8 +23,10 @@ def test_folder_that_is_no_pipeline(root):
     assert "is not a pipeline: it has no model_index.json" in only(write(root, swapped("/teacher", "/pictures")))
     assert "is a file, but a pipeline is a folder" in only(write(root, swapped("/teacher", "/prompts.txt")))
     index = root / "teacher" / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "DanceDiffusionPipeline"))
-    assert "holds a DanceDiffusionPipeline, which is not supported; supported are" in only(write(root))
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "PixArtAlphaPipeline"))
+    load_recipe(write(root))  # no family is written for it, but diffusers has it
+    index.write_text(index.read_text().replace("PixArtAlphaPipeline", "MyPipeline"))
+    assert "holds a MyPipeline, which the installed diffusers lacks; well known are" in only(write(root))
     index.write_text("{")
     assert "cannot be read" in only(write(root))
 

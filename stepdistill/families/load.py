@@ -17,6 +17,7 @@ from ..sources import embedded_models
 from . import FAMILIES
 from .base import Family
 from .loras import fuse_loras
+from .probed import notice, probed
 from .quantize import DENOISERS, keep_gradients, quantization, without_gpu
 
 
@@ -78,18 +79,29 @@ def load_family(
     (None: the network's own); quantize: as above. loras: fused into its weights.
 
     Raises:
-        UserError: no family is written for its class, it cannot make pictures of that size, a LoRA is not of it, or a package
-            is missing.
+        UserError: its class is unknown and cannot be found out, it cannot make pictures of that size, a LoRA is not of it, or a
+            package is missing.
     """
     pipe = load_pipeline_folder(source, dtype, revision, variant, quantize)
     with quiet():
         fuse_loras(pipe, loras)
     pipe.to(device)
-    name = type(pipe).__name__
-    if name not in FAMILIES:
-        raise UserError(f"{source}: a {name} is not among the pipelines supported: {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[name](pipe, size, frames)
+    family = family_of(pipe, size, frames)
     check_size(family)
+    return family
+
+
+def family_of(pipe: DiffusionPipeline, size: tuple[int, int] | None = None, frames: int | None = None) -> Family:
+    """The family that is written for a pipeline's class, else one that is found out, with a notice.
+
+    Raises:
+        UserError: it cannot be found out.
+    """
+    kind = FAMILIES.get(type(pipe).__name__)
+    if kind is not None:
+        return kind(pipe, size, frames)
+    family = probed(pipe, size, frames)
+    print(notice(family))
     return family
 
 
