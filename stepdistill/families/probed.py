@@ -81,8 +81,7 @@ class Probed(Family):
         out = seen.calls[0][1]
         prediction = seen.told["prediction"]
         self.row = tuple(seen.told["sample"].shape[1:])
-        again = self.watch([SHORT], latents=prediction, clean=prediction)
-        if not near(again.told["sample"], prediction) or not near(again.made, prediction):
+        if not self.takes_latents(prediction):
             raise self.refusal("it takes or gives `latents` in another form than its network's")
         fits = [name for name, turn in ANSWERS.items() if isinstance(out, Tensor) and near(turn(out), prediction)]
         if not fits:
@@ -100,6 +99,14 @@ class Probed(Family):
         if mu is not None and self.pipe.scheduler.config.get("use_dynamic_shifting"):
             self.schedule = shifted(self.pipe.scheduler.config, float(mu))
 
+    def takes_latents(self, x: Tensor) -> bool:
+        """Whether the pipeline begins with latents x, and returns them, as they are."""
+        try:
+            seen = self.watch([SHORT], latents=x, clean=x)
+        except TROUBLE:
+            return False
+        return near(seen.told["sample"], x) and near(seen.made, x)
+
     def learn_arguments(self, seen: Seen) -> None:
         """Which arguments of the network are the latents, the time, rows of prompts, and always the same."""
         first, later, other, both = (
@@ -115,7 +122,8 @@ class Probed(Family):
         times = [name for name, x in first.items() if not same(x, later[name])]
         if len(latents) != 1 or len(times) != 1:
             raise self.refusal(
-                f"of what its network is asked, {latents or 'nothing'} are the latents and {times or 'nothing'} the time"
+                f"its network is not asked for the latents and a time, as they are: they are {latents or 'nothing'} of its arguments, "
+                f"and with the time change {times or 'none'}"
             )
         self.latents, self.time = latents[0], times[0]
         low, high = (float(torch.as_tensor(x[self.time]).flatten()[0]) for x in (first, later))

@@ -79,9 +79,9 @@ def test_the_sampler_is_the_family_s(both):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("sana sprint", "it hands its scheduler something else than its network's output"),
+        ("sana sprint", r"they are nothing of its arguments, and with the time change \['hidden_states', 'timestep'\]"),
         ("qwen image", "argument encoder_hidden_states has no shape that all prompts share"),
-        ("z image", "nothing are the latents"),
+        ("z image", "they are nothing of its arguments"),
         ("flux2", "in another form than its network's"),
         ("wan", "it has transformer and transformer_2"),
     ],
