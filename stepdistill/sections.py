@@ -47,6 +47,9 @@ class Data:
     count: int | None = ranged(None, low=1)  # so many prompts or pictures of what the package has; of files, at most so many
     # side, or [height, width], in pixels; null: what the network was made for
     resolution: int | tuple[int, int] | None = ranged(None, low=8, high=8192)
+    # true: pictures keep about their aspect ratio, between 1:2 and 2:1, at about the area of `resolution`, whose noise schedule
+    # holds for all; every iteration has one shape, for prompts alone a drawn one
+    buckets: bool = False
     frames: int | None = ranged(None, low=1)  # of videos; null: as many as the pipeline makes by itself
     cache: Place | None = None  # folder of encoded prompts and pictures, for any number of runs; null: cache/ beside the run's
 
@@ -156,6 +159,8 @@ def check(
             others = f"or other settings (see: stepdistill explain {strategy_name})"
             remedy = f"give a folder of pictures with captions, or stepdistill/tiny, {others}"
             yield ("data", "images"), f"null, but strategy {strategy_name} learns from pictures; {remedy}"
+        if "pairs" in strategy.needs and values.get("data.buckets"):
+            yield ("data", "buckets"), f"true, but the pairs of strategy {strategy_name} have one size; set it to false"
         if "pairs" in strategy.needs and values.get("pairs.folder") is not None:
             model = {key: values.get(f"model.{key}") for key in ("source", "revision", "variant")}
             model["loras"] = identities(values.get("model.loras", ()))

@@ -16,7 +16,8 @@ from ..recipe import Recipe
 from ..show import Line
 from ..sources import embedded_models, identity
 from .batches import Batches
-from .cache import Cache, Memory, Store, disk, giga
+from .buckets import Bucket, bucket_sizes
+from .cache import Cache, Column, Memory, Store, disk, giga
 from .pairs import read_pairs
 from .pictures import read_pictures, store_pictures
 from .prompts import read_prompts
@@ -43,15 +44,19 @@ def build_batches(
     def store(what: str, **more: Any) -> Store:
         return Memory() if cache is None else Cache(cache, what, made | more, line)
 
+    sizes = bucket_sizes(family.size, family.multiple) if data.buckets else [family.size]
     x0 = noise = None
+    buckets = ()
     if "pairs" in recipe.strategy.needs:
         prompts, noise, x0 = read_pairs(pairs)
         check_shape(pairs, family, tuple(noise.shape[1:]))
     elif "x0" in recipe.strategy.needs:
-        pictures = store("pictures", size=family.size, frames=family.frames)
-        prompts, x0 = store_pictures(family, read_pictures(data.images, data.count), pictures, data.images, line)
+        pictures = store("pictures", sizes=sizes, frames=family.frames)
+        prompts, x0 = store_pictures(family, sizes, read_pictures(data.images, data.count), pictures, data.images, line)
+        buckets = group(x0) if data.buckets else ()
     else:
         prompts = read_prompts(data.prompts, data.count)
+        buckets = tuple(Bucket(family.latent_shape(*size), None) for size in sizes) if data.buckets else ()
     cond, null = store_texts(family, prompts, store("texts"), dtype, line)
     if cache is not None:
         line.say(f"encodings are in {cache}, {giga(disk(cache))} with those of other models and sizes")
@@ -68,7 +73,14 @@ def build_batches(
         rank=distributed.rank(),
         world=distributed.world(),
         device=distributed.device(),
+        buckets=buckets,
     )
+
+
+def group(x0: Column) -> tuple[Bucket, ...]:
+    """Rows by the shape of their latents."""
+    shapes = [x0.store.shape(key, x0.name) for key in x0.keys]
+    return tuple(Bucket(shape, tuple(i for i, s in enumerate(shapes) if s == shape)) for shape in sorted(set(shapes)))
 
 
 def check_shape(pairs: Path, family: Family, shape: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..families.base import Family
 from ..show import Line
 from ..sources import EMBEDDED_DATA
+from .buckets import Size, nearest
 from .cache import Cache, Column, Entry, Store, fill
 from .drawings import drawings
 from .folder import folder_pictures
@@ -35,9 +36,11 @@ def read_pictures(source: str, count: int | None = None) -> Iterator[Picture | S
 
 
 def store_pictures(
-    family: Family, found: Iterable[Picture | Skipped], store: Store, source: str, line: Line
+    family: Family, sizes: list[Size], found: Iterable[Picture | Skipped], store: Store, source: str, line: Line
 ) -> tuple[list[str], Column]:
     """Captions, and latents [N, ...] by way of a store, of all pictures that can be read. What is left out is told.
+
+    sizes: each picture is fitted to the one of nearest aspect ratio.
 
     Raises:
         UserError: nothing is left.
@@ -45,24 +48,27 @@ def store_pictures(
     found = list(found)
     pictures = {one.key: one for one in found if isinstance(one, Picture)}
     skipped = [one for one in found if isinstance(one, Skipped)]
-    height, width = family.size
+    area = max(height * width for height, width in sizes)
 
     def encode(keys: list[str]) -> dict[str, Entry]:
-        return encode_pictures(
-            family, {key: pixels for key in keys if (pixels := read(pictures[key], family.size)) is not None}
-        )
+        pixels = {key: image for key in keys if (image := read(pictures[key], sizes)) is not None}
+        made = {}
+        for shape in {image.shape for image in pixels.values()}:
+            made |= encode_pictures(family, {key: image for key, image in pixels.items() if image.shape == shape})
+        return made
 
-    fill(store, list(pictures), encode, max(1, min(MOST, AREA // (height * width))), "pictures encoded", line)
+    fill(store, list(pictures), encode, max(1, min(MOST, AREA // area)), "pictures encoded", line)
     skipped += [Skipped(one.name, damage(one)) for one in pictures.values() if one.key not in store]
     kept = [one for one in found if isinstance(one, Picture) and one.key in store]
     tell(skipped, len(kept) + len(skipped), store, source, line)
     return [one.caption for one in kept], Column(store, [one.key for one in kept], LATENTS)
 
 
-def read(picture: Picture, size: tuple[int, int]) -> np.ndarray | None:
+def read(picture: Picture, sizes: list[Size]) -> np.ndarray | None:
     """A picture, turned as its camera was held, fitted to uint8 [height, width, 3]; None if it is damaged."""
     try:
-        return fit(ImageOps.exif_transpose(picture.load()).convert("RGB"), size)
+        image = ImageOps.exif_transpose(picture.load()).convert("RGB")
+        return fit(image, nearest(*image.size, sizes))
     except Exception:  # decoders raise all sorts; `damage` tells which
         return None
 
@@ -79,8 +85,6 @@ def damage(picture: Picture) -> str:
 @torch.no_grad()
 def encode_pictures(family: Family, pictures: dict[str, np.ndarray]) -> dict[str, Entry]:
     """The latents of pictures of one size, by their keys, on the CPU."""
-    if not pictures:
-        return {}
     pixels = torch.from_numpy(np.stack(list(pictures.values()))).permute(0, 3, 1, 2).float() / 127.5 - 1
     latents = family.encode(pixels).cpu()
     return {key: {LATENTS: x.clone()} for key, x in zip(pictures, latents, strict=True)}

@@ -180,13 +180,13 @@ def whole_and_broken(folder, prompts, found, stops, make):
     done = []
     family = make(None)
     plain, null = store_texts(family, prompts, Memory(), torch.float32, line())
-    captions, latents = store_pictures(family, found, Memory(), "here", line())
+    captions, latents = store_pictures(family, [family.size], found, Memory(), "here", line())
     for stop in (*stops, None):
         family = make(stop)
         with suppress(KeyboardInterrupt):
             cond, none = store_texts(family, prompts, opened(folder), torch.float32, line())
         with suppress(KeyboardInterrupt):
-            told, x0 = store_pictures(family, found, opened(folder, "pictures"), "here", line())
+            told, x0 = store_pictures(family, [family.size], found, opened(folder, "pictures"), "here", line())
         done.append((list(family.asked), list(family.seen)))
     rows = torch.arange(len(prompts))
     assert all(torch.equal(cond[name][rows], plain[name][rows]) for name in plain)

@@ -40,7 +40,9 @@ def folder(tmp_path):
 def stored(folder, store=None, family=None):
     """Captions, latents, and what was said."""
     said = io.StringIO()
-    captions, latents = store_pictures(family or Family(), read_pictures(str(folder)), store or Memory(), "here", Line(said))
+    captions, latents = store_pictures(
+        family or Family(), [(16, 16)], read_pictures(str(folder)), store or Memory(), "here", Line(said)
+    )
     return captions, latents[range(len(captions))].tolist(), said.getvalue()
 
 
@@ -97,7 +99,7 @@ def test_a_picture_stands_as_its_camera_was_held(folder):
     picture.save(folder / "a.png", exif=exif)
     (folder / "a.txt").write_text("it")
     (one,) = read_pictures(str(folder))
-    pixels = read(one, (32, 16))
+    pixels = read(one, [(32, 16)])
     assert pixels[:16, :, 0].min() == 255 and pixels[16:, :, 2].min() == 255
 
 
@@ -151,8 +153,8 @@ def test_drawings_come_at_the_wanted_size_and_do_not_depend_on_their_number():
     many, few = list(read_pictures("stepdistill/tiny", 70)), list(read_pictures("stepdistill/tiny", 3))
     assert len(many) == 70 and [one[:3] for one in many[:3]] == [one[:3] for one in few]
     for one, other in zip(few, many[:3], strict=True):
-        assert read(one, (32, 24)).shape == (32, 24, 3)
-        np.testing.assert_array_equal(read(one, (32, 32)), read(other, (32, 32)))
+        assert read(one, [(32, 24)]).shape == (32, 24, 3)
+        np.testing.assert_array_equal(read(one, [(32, 32)]), read(other, [(32, 32)]))
 
 
 def test_at_most_so_many_pictures(folder):
