@@ -98,8 +98,10 @@ def makers(recipe: Recipe, family: Family) -> dict[str, Any]:
     """All of a model that may decide what its encodings are: plain values."""
     model = recipe.model
     folder = embedded_models().get(model.source, Path(model.source))
-    files = fingerprint(folder) if folder.is_dir() else Path(family.net.config._name_or_path).parent.name  # the hub's commit
-    loras = [fingerprint(Path(lora)) for lora in getattr(model, "loras", None) or ()]
+    files = (
+        fingerprint(folder) if folder.is_dir() else Path(family.pipe.vae.config._name_or_path).parent.name
+    )  # the hub's commit
+    loras = [fingerprint(Path(lora)) for lora in model.loras]
     about = {"format": FORMAT, "stepdistill": __version__, "pipeline": family.pipeline, "files": files, "loras": loras}
     return about | {"model": dataclasses.asdict(model) | {"source": identity(model.source)}}
 

@@ -144,6 +144,9 @@ def test_a_changed_prompt_or_picture_or_size_is_encoded_anew_and_nothing_else(tm
     family.size = (32, 16)
     build_batches(recipe, family, cache=folder)
     assert counted == {"texts": 9, "pictures": 14}
+    os.utime(next(Path(recipe.model.source).rglob("vae/*.safetensors")), ns=(0, 0))  # another autoencoder
+    build_batches(recipe, family, cache=folder)
+    assert counted == {"texts": 16, "pictures": 20}
 
 
 def count(family):
