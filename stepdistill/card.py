@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .card_notes import combining, notes, places, quoted
 from .inference import WHOLE, Serving
 from .lora_sources import LoraSource
 
+HUB = "https://huggingface.co"
 FIGURES = ("who", "steps", "nfe", "guidance", "solver", "n", "fd", "fd_low", "fd_high", "alignment", "diversity", "ms")
 QUANTIZED = {  # to what: what diffusers must bring, what else is imported, how a network is quantized
     None: ([], [], ""),
@@ -26,13 +28,19 @@ QUANTIZED = {  # to what: what diffusers must bring, what else is imported, how 
 }
 
 
-def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None) -> str:
+def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None, gallery: Sequence[str] = ()) -> str:
     """README.md.
 
-    results: JSON values (of eval/*.json) with rows of figures at any depth; picture: a file beside the card.
+    results: JSON values (of eval/*.json) with rows of figures at any depth; picture: a file beside the card; gallery: files
+    beside it, one for each of the first of `told.prompts`, drawn by the student.
     """
-    parts = [header(told), f"# {told.name}\n\n{about(told)}", "## Use", f"```python\n{snippet(told)}\n```", notes(told)]
+    parts = [header(told, gallery), f"# {told.name}\n\n{about(told)}", *["<Gallery />"] * bool(gallery)]
+    parts += ["## Use", f"```python\n{snippet(told)}\n```", notes(told)]
+    if other := combining(told):
+        parts += ["## With another LoRA", other]
     parts += ["## Settings", settings(told)]
+    if files := places(told):
+        parts += ["## In other programs", files]
     if found := [row for result in results for row in rows(result)]:
         parts += ["## Figures", figures(found)]
     if picture:
@@ -40,7 +48,7 @@ def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None)
     return "\n\n".join(parts) + "\n"
 
 
-def header(told: Serving) -> str:
+def header(told: Serving, gallery: Sequence[str] = ()) -> str:
     """What the Hub reads. JSON is YAML."""
     task = "text-to-image" if told.frames is None else "text-to-video"
     tags = [task, "diffusers", "few-step", "stepdistill", told.strategy]
@@ -52,6 +60,10 @@ def header(told: Serving) -> str:
     }
     if not Path(told.base).is_absolute():  # a folder is no name on the Hub
         fields |= {"base_model": told.model, "base_model_relation": "adapter" if told.lora else "finetune"}
+        fields |= {"license": "other", "license_name": "that-of-the-base-model", "license_link": f"{HUB}/{told.model}"}
+    if gallery:
+        shown = zip(told.prompts, gallery, strict=False)
+        fields["widget"] = [{"text": prompt, "output": {"url": file}} for prompt, file in shown]
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
 
 
@@ -66,7 +78,7 @@ def about(told: Serving) -> str:
         what = f"A LoRA (rank {told.lora['rank']}) that makes" if told.lora else "A whole pipeline that makes"
     made = "picture" if told.frames is None else f"video of {told.frames} frames"
     return (
-        f"{what} `{told.model}` draw in {told.steps} network evaluation{'s' * (told.steps > 1)} "
+        f"{what} {quoted(told.model)} draw in {told.steps} network evaluation{'s' * (told.steps > 1)} "
         f"a {made} at {told.size[1]} x {told.size[0]}, distilled with the strategy `{told.strategy}` of stepdistill. "
         f"The licence is that of the base model."
     )
@@ -191,56 +203,6 @@ def turns(told: Serving, form: str, files: Sequence[str]) -> list[str]:
     ]
 
 
-def notes(told: Serving) -> str:
-    """What somebody who uses it must know."""
-    guidance = told.call.get("guidance_scale", 1)
-    lines = ["Negative prompts have no effect: without classifier-free guidance nothing reads them."]
-    unguided = next((name for name in ("true_cfg_scale", "guidance_scale") if name in told.call), None)
-    if guidance in (0, 1):  # Z-Image counts from 0
-        lines.append(
-            f"Leave `{unguided}` at {told.call[unguided]:g}: guidance is distilled in, and more of it burns the picture."
-        )
-    else:
-        lines.append(f"The network is told its guidance scale; {guidance:g} is what it was made for.")
-    if told.reseed:
-        lines.append(
-            "The scheduler draws new noise at every step, and this pipeline does not hand it the `generator`: "
-            "a picture is reproducible only through `torch.manual_seed`, which the snippet calls."
-        )
-    if told.frames is not None:
-        lines.append(
-            f'For an MP4: `diffusers.utils.export_to_video(frames, "video.mp4", fps={told.fps:g})`, which needs imageio and '
-            f"imageio-ffmpeg."
-        )
-    if told.lora:
-        low, high = told.lora["scale_range"]
-        how = f" (`pipe.set_adapters(pipe.get_active_adapters(), [{low:g}])`)" if len(told.worn) == 1 else ""
-        how = "" if told.lora.get("loader") == "peft" else how
-        lines.append(
-            f"LoRA scale {told.lora['scale']:g} is what was trained; on other fine-tunes of the same base try {low:g} "
-            f"to {high:g}{how}."
-        )
-    if told.quantize:
-        lines.append(
-            f"It was trained over a base quantized to {told.quantize}, as the snippet loads it; the LoRA loads on the base as "
-            "it is too: leave `quantization_config` out. Pictures then differ a little, as the two bases do."
-        )
-    if told.quantize == "nf4":
-        lines.append("diffusers quantizes to nf4 on a GPU only.")
-    if told.take_turns:
-        lines.append("Each student takes its own steps, and none can take another's.")
-        if told.lora:
-            lines[-1] += " In ComfyUI that is one KSampler (Advanced) for each LoRA, one after the other; A1111 cannot."
-    if told.sampler.told is not None:
-        lines.append(
-            "No stock scheduler tells a network another time than its own: the snippet wraps the network, and "
-            "`stepdistill.load_pipeline` does it too. ComfyUI and A1111 cannot."
-        )
-    if Path(told.base).is_dir():
-        lines.append(f"`{told.base}` is a folder of the machine that exported this; elsewhere, mend the path.")
-    return "\n".join(f"- {line}" for line in lines)
-
-
 def settings(told: Serving) -> str:
     """A table of all numbers of steps: what differs from the saved scheduler, and the words of other programs."""
     table = [["steps", "scheduler", "arguments of pipe(...)", "ComfyUI", "A1111"]]
@@ -286,7 +248,8 @@ def newest_grid(folder: Path) -> Path | None:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
-    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    head, *body = ("| " + " | ".join(line) + " |" for line in cells)
     return "\n".join([head, "|" + " --- |" * len(lines[0]), *body])
 
 

@@ -8,6 +8,7 @@ student_1.safetensors, ...         where several students take turns: a file eac
 pytorch_lora_weights_transformer_2.safetensors   of the second expert, where a pipeline has two
 scheduler/scheduler_config.json
 comfyui_workflow.json              where ComfyUI is known to sample the student: to be opened in its window
+gallery/                           pictures that it drew
 stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from .assemble import Distillation, restore, trained
 from .card import card, newest_grid
 from .checkpoint import sync
 from .errors import UserError
+from .evaluate.walks import to_pixels
 from .families.load import load_pipeline_folder, quiet
 from .families.loras import fuse_loras
 from .inference import SIDECAR, Part, Serving, read_export, serving
@@ -41,6 +44,7 @@ from .workflow import NAME as WORKFLOW
 from .workflow import workflow
 
 FORMATS = ("diffusers", "kohya", "fused")
+GALLERY = "gallery"  # folder of pictures beside the card
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # by the base's dtype; of what, `distance` says
 
 
@@ -87,6 +91,7 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
         (tmp / SIDECAR).write_text(told.to_json(), encoding="utf-8")
         if graph := workflow(told):
             (tmp / WORKFLOW).write_text(json.dumps(graph, indent=1), encoding="utf-8")
+        draw_gallery(distillation, told, tmp)
         write_card(tmp, run or out.parent)
         finding = check_export(distillation, tmp)
         mode = (tmp / SIDECAR).stat().st_mode
@@ -230,7 +235,26 @@ def write_card(out: Path, run: Path | None = None) -> None:
         if grid := newest_grid(run / "samples"):
             shutil.copyfile(grid, out / "samples.png")
     picture = "samples.png" if (out / "samples.png").is_file() else None
-    (out / "README.md").write_text(card(read_export(out), results, picture), encoding="utf-8")
+    gallery = [f"{GALLERY}/{file.name}" for file in sorted((out / GALLERY).glob("*.png"))]
+    (out / "README.md").write_text(card(read_export(out), results, picture, gallery), encoding="utf-8")
+
+
+@torch.no_grad()
+def draw_gallery(distillation: Distillation, told: Serving, out: Path) -> None:
+    """The student's pictures of `told.prompts`, as gallery/1.png, ...; of videos none."""
+    if told.frames is not None:
+        return
+    (out / GALLERY).mkdir()
+    family = distillation.family
+    latents = trainers_latents(distillation, told, first_noise(distillation, told))
+    for k, latent in enumerate(latents.to(family.pipe.device), 1):
+        Image.fromarray(to_pixels(family.decode(latent[None]))[0]).save(out / GALLERY / f"{k}.png")
+
+
+def first_noise(distillation: Distillation, told: Serving) -> Tensor:
+    """What sampling begins from, [B, ...], in the check and in the gallery."""
+    shape = (len(told.prompts), *distillation.family.shape)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -244,7 +268,7 @@ def check_export(distillation: Distillation, out: Path) -> str:
     """
     told, worst = read_export(out), 0.0
     family = distillation.family
-    noise = torch.randn((len(told.prompts), *family.shape), generator=torch.Generator().manual_seed(0))
+    noise = first_noise(distillation, told)
     ours = trainers_latents(distillation, told, noise)
     for form, files in told.files.items():
         theirs = family.unpacked(stock_latents(open_export(out, told, form), told, family.packed(noise)))

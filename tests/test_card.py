@@ -1,10 +1,20 @@
 """The model card of an export."""
 
+import dataclasses
 import json
+import re
+
+import torch
+import yaml
+from loras import deltas, save, style
+from PIL import Image
+from students import noise, student
 
 from stepdistill.card import card
-from stepdistill.export import write_card
-from stepdistill.inference import read_export
+from stepdistill.card_notes import combining, quoted
+from stepdistill.export import lora_state, stock_latents, write_card
+from stepdistill.families.load import load_pipeline_folder, quiet
+from stepdistill.inference import read_export, serving
 
 
 def test_the_card(made, tmp_path):
@@ -44,3 +54,56 @@ def test_the_card_shows_figures_and_the_newest_grid(copied, tmp_path):
     assert "| student | 4 | 1 |  | 8 | 3.142 |" in text and "| teacher | 25 | 2 | UniPC | 8 | 2.5 |" in text
     assert "9.75" not in text  # only the best solver
     assert "](samples.png)" in text and (out / "samples.png").read_bytes() == b"000300"
+
+
+def test_the_gallery(made):
+    """What the Hub reads names pictures that lie there, and the prompts that they were drawn of."""
+    _, out = made["lcm-eps"]
+    text, told = (out / "README.md").read_text(), read_export(out)
+    shown = yaml.safe_load(text.split("---")[1])["widget"]
+    assert [entry["text"] for entry in shown] == list(told.prompts) and "\n<Gallery />\n" in text
+    pictures = [Image.open(out / entry["output"]["url"]) for entry in shown]
+    assert all(picture.size == told.size[::-1] for picture in pictures)
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def test_whatever_a_prompt_or_a_path_says_stays_text(made):
+    told = read_export(made["lcm-eps"][1])
+    nasty = 'a "b": {c} ```\n---\n# d | `e` ---'
+    changed = dataclasses.replace(told, prompts=(nasty, nasty), model="org/a`b|c")
+    text = card(changed, [{"fd": 1.0, "who": "a|b"}], gallery=["gallery/1.png"])
+    front = next(yaml.safe_load_all(text))
+    assert front["widget"] == [{"text": nasty, "output": {"url": "gallery/1.png"}}]
+    assert (front["base_model"], front["license"]) == ("org/a`b|c", "other")
+    code = re.findall("^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(code) == 2
+    compile(code[0], "card", "exec")
+    assert "`` org/a`b|c ``" in text and "| a\\|b |" in text
+
+
+def test_code_in_markdown():
+    assert quoted("a") == "`a`" and quoted("a`b") == "`` a`b ``" and quoted("``") == "``` `` ```"
+
+
+def test_the_student_beside_a_style_is_the_sum_of_both(tmp_path, monkeypatch):
+    """The card's own lines, on a stock pipeline: base plus the student plus 0.7 of the style, in every layer."""
+    monkeypatch.chdir(tmp_path)
+    distillation = student(tmp_path, "eps")
+    told = dataclasses.replace(serving(distillation), files={"diffusers": ("pytorch_lora_weights.safetensors",)})
+    ours = lora_state(distillation, told.worn[0])
+    save(ours, tmp_path / "pytorch_lora_weights.safetensors")
+    theirs = style(distillation.family.net, layers=("attn1.to_q.base_layer", "conv2.base_layer"))
+    theirs = {key.replace(".base_layer", ""): x for key, x in theirs.items()}
+    save(theirs, tmp_path / "style.safetensors")
+    pipe, by_hand = (load_pipeline_folder(told.model) for _ in range(2))
+    with quiet():
+        exec(re.search("```python\n(.*?)```", combining(told), re.DOTALL)[1], {"pipe": pipe, "here": "."})
+        pipe.scheduler = by_hand.scheduler = told.build_scheduler()
+    for scale, state in ((1.0, ours), (0.7, theirs)):
+        for name, delta in deltas(state).items():
+            weight = by_hand.unet.get_submodule(name.removeprefix("unet.")).weight
+            weight.data += scale * delta.reshape(weight.shape)
+    both, summed = (stock_latents(each, told, noise(distillation)) for each in (pipe, by_hand))
+    torch.testing.assert_close(both, summed, rtol=1e-4, atol=1e-4)
+    pipe.set_adapters("few_step")
+    assert (stock_latents(pipe, told, noise(distillation)) - summed).abs().max() > 0.01  # the style is heard

@@ -130,7 +130,7 @@ def like(x, generator):
 
 def test_a_whole_pipeline_leaves_the_teachers_alone(made):
     distillation, out = made["lcm-told-guidance"]
-    assert {p.name for p in out.iterdir()} == {"README.md", "pipeline", "scheduler", "stepdistill.json"}
+    assert {p.name for p in out.iterdir()} == {"README.md", "gallery", "pipeline", "scheduler", "stepdistill.json"}
     assert not list(out.rglob("*.bin"))
     assert distillation.family.pipe.unet.config.time_cond_proj_dim is None
     assert not isinstance(distillation.family.pipe.scheduler, LCMScheduler)

@@ -20,7 +20,7 @@ def test_the_diffusers_file(made):
     distillation, out = made["lcm-eps"]
     assert {p.name for p in out.iterdir()} == {
         *("README.md", "pytorch_lora_weights.safetensors", "tiny_kohya.safetensors", "scheduler", "stepdistill.json"),
-        "comfyui_workflow.json",
+        *("comfyui_workflow.json", "gallery"),
     }
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
         header, keys = file.metadata(), list(file.keys())

@@ -12,6 +12,7 @@ import torch
 from .. import __version__, distributed
 from ..errors import UserError
 from ..families.base import Family
+from ..lora_sources import find_lora, identities
 from ..recipe import Recipe
 from ..show import Line
 from ..sources import embedded_models, identity
@@ -98,12 +99,11 @@ def makers(recipe: Recipe, family: Family) -> dict[str, Any]:
     """All of a model that may decide what its encodings are: plain values."""
     model = recipe.model
     folder = embedded_models().get(model.source, Path(model.source))
-    files = (
-        fingerprint(folder) if folder.is_dir() else Path(family.pipe.vae.config._name_or_path).parent.name
-    )  # the hub's commit
-    loras = [fingerprint(Path(lora)) for lora in model.loras]
+    hub = Path(family.pipe.vae.config._name_or_path).parent.name  # the commit
+    files = fingerprint(folder) if folder.is_dir() else hub
+    loras = [fingerprint(path) for path in (find_lora(lora).path for lora in model.loras) if path]
     about = {"format": FORMAT, "stepdistill": __version__, "pipeline": family.pipeline, "files": files, "loras": loras}
-    return about | {"model": dataclasses.asdict(model) | {"source": identity(model.source)}}
+    return about | {"model": dataclasses.asdict(model) | {"source": identity(model.source), "loras": identities(model.loras)}}
 
 
 def fingerprint(path: Path) -> list[tuple[str, int, int]]:
