@@ -1,0 +1,97 @@
+"""docs/families.md: its table is of the families, and its example of a new one owes what every family owes."""
+
+import ast
+import copy
+import re
+import types
+from pathlib import Path
+
+import diffusers
+import pytest
+import test_conformance
+import torch
+from pipelines import autoencoder, finish, flow, t5, t5_tokenizer
+from students import PIPELINES
+from test_conformance import (  # noqa: F401 - collected here again, with this module's `made`
+    CASES,
+    Case,
+    Made,
+    test_decode_is_the_pipeline_s,
+    test_encode_undoes_decode,
+    test_features_are_tokens_of_each_sample,
+    test_forward_is_the_pipeline_s_prediction,
+    test_guided_is_the_pipeline_s_guidance,
+    test_samples_are_independent,
+    test_sizes_are_the_pipeline_s,
+)
+
+from stepdistill.families import FAMILIES
+
+PAGE = (Path(__file__).resolve().parent.parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+def aura_flow():
+    torch.manual_seed(0)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=2,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )
+    for name, p in transformer.named_parameters():
+        if "attn" in name or "context_embedder" in name:
+            torch.nn.init.normal_(p)  # or prompts hardly count
+    return finish(
+        diffusers.AuraFlowPipeline(
+            transformer=transformer,
+            scheduler=flow(shift=1.73),
+            vae=autoencoder(scaling_factor=0.13025),
+            text_encoder=t5(),
+            tokenizer=t5_tokenizer(),
+        )
+    )
+
+
+def added() -> dict[str, list[str]]:
+    """The lines that the page's diff adds, by file."""
+    (diff,) = re.findall("```diff\n(.*?)```", PAGE, re.DOTALL)
+    assert len(diff.splitlines()) < 25
+    files: dict[str, list[str]] = {}
+    for line in diff.splitlines():
+        if line.startswith("+++ b/"):
+            lines = files.setdefault(line.removeprefix("+++ b/"), [])
+        elif not line.startswith("--- "):
+            assert line.startswith("+")
+            lines.append(line[1:])
+    return files
+
+
+def example() -> type:
+    """The family that the page adds."""
+    module = types.ModuleType("stepdistill.families.aura_flow")
+    module.__package__ = "stepdistill.families"
+    exec("\n".join(added()["stepdistill/families/aura_flow.py"]), module.__dict__)
+    return module.AuraFlow
+
+
+@pytest.fixture(scope="module")
+def made():
+    pipe, case = aura_flow(), Case()
+    return Made(case, example()(copy.deepcopy(pipe), case.sizes[0]), pipe)
+
+
+def test_the_example_is_registered_by_two_lines():
+    imported, row = added()["stepdistill/families/__init__.py"]
+    name, kind = next(iter(ast.literal_eval("{" + row.replace(": ", ": '").replace(",", "'") + "}").items()))
+    assert imported == f"from .aura_flow import {kind}" and example().pipeline == name and example().__name__ == kind
+
+
+def test_the_example_trains_and_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "AuraFlowPipeline", example())
+    monkeypatch.setitem(PIPELINES, "aura flow", aura_flow)
+    monkeypatch.setitem(CASES, "aura flow", Case())
+    test_conformance.test_a_trained_lora_is_loaded_by_a_stock_pipeline("aura flow", tmp_path)
