@@ -122,8 +122,8 @@ class Probed(Family):
         times = [name for name, x in first.items() if not same(x, later[name])]
         if len(latents) != 1 or len(times) != 1:
             raise self.refusal(
-                f"its network is not asked for the latents and a time, as they are: they are {latents or 'nothing'} of its arguments, "
-                f"and with the time change {times or 'none'}"
+                f"its network is not asked for the latents and a time, as they are: they are {latents or 'nothing'} of its "
+                f"arguments, and with the time change {times or 'none'}"
             )
         self.latents, self.time = latents[0], times[0]
         low, high = (float(torch.as_tensor(x[self.time]).flatten()[0]) for x in (first, later))
