@@ -310,4 +310,9 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("merge.py", "Layer(layer.down, weight * layer.up)", "Layer(weight * layer.down, weight * layer.up)", "merge"),
     ("merge.py", "v[:, :rank].T, u[:, :rank] * root", "v[:, :rank].T, u[:, :rank]", "merge"),
     ("families/spellings.py", "(rank if alpha is None else alpha) / rank", "1.0", "merge"),
+    ("families/text.py", "return text, None if mask.all() else mask", "return text, None", "text"),
+    ("families/text.py", "< ends[:, None]", "<= ends[:, None]", "text"),
+    ("families/flux2.py", 'self.default("num_inference_steps")', "4", "flux2"),
+    ("samplers.py", "between = angles[1] if n == 2 else None", "between = None", "samplers"),
+    ("samplers.py", "turned(scheduler, schedule, x, time or 0.0)", "turned(scheduler, schedule, x, hop.time)", "samplers"),
 ]
