@@ -11,36 +11,24 @@ import signal
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from counting import Family, Watched
+from counting import Family, check_interrupted, line, opened
 from students import student
 
 from stepdistill.data import build_batches, cache, pictures, texts
 from stepdistill.data.build import makers
-from stepdistill.data.cache import Cache, Column, Memory, fill
-from stepdistill.data.drawings import drawings
-from stepdistill.data.pictures import store_pictures
+from stepdistill.data.cache import Cache, Column, fill
 from stepdistill.data.prompts import read_prompts
 from stepdistill.data.texts import encode_texts, store_texts
 from stepdistill.errors import UserError
-from stepdistill.families.load import load_family
 from stepdistill.show import Line
 
 
 def entries(keys):
     return {key: {"x": torch.full((2,), float(len(key)))} for key in keys}
-
-
-def line():
-    return Line(io.StringIO())
-
-
-def opened(folder, what="texts", **settings):
-    return Cache(folder, what, settings, line())
 
 
 @pytest.fixture(autouse=True)
@@ -178,48 +166,11 @@ def test_a_cached_batch_is_the_uncached_one_bit_for_bit(tmp_path, teacher):
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def whole_and_broken(folder, prompts, found, stops, make):
-    """Encode all at once in memory, and on disk with interruptions after `stops` of each; what was encoded on disk."""
-    done = []
-    family = make(None)
-    plain, null = store_texts(family, prompts, Memory(), torch.float32, line())
-    captions, latents = store_pictures(family, [family.size], found, Memory(), "here", line())
-    for stop in (*stops, None):
-        family = make(stop)
-        with suppress(KeyboardInterrupt):
-            cond, none = store_texts(family, prompts, opened(folder), torch.float32, line())
-        with suppress(KeyboardInterrupt):
-            told, x0 = store_pictures(family, [family.size], found, opened(folder, "pictures"), "here", line())
-        done.append((list(family.asked), list(family.seen)))
-    rows = torch.arange(len(prompts))
-    assert all(torch.equal(cond[name][rows], plain[name][rows]) for name in plain)
-    assert all(torch.equal(none[name], null[name]) for name in null)
-    rows = torch.arange(len(found))
-    assert torch.equal(x0[rows], latents[rows]) and told == captions
-    return done
-
-
-def check_interrupted(folder, n, m, stops, make):
-    """n prompts and m pictures; each is encoded once, however often that was interrupted."""
-    prompts = read_prompts("stepdistill/prompts", n)
-    done = whole_and_broken(folder, prompts, list(drawings(m)), stops, make)
-    asked = [prompt for some, _ in done for prompt in some if prompt]
-    assert sorted(asked) == sorted(prompts)
-    assert sum(len(seen) for _, seen in done) == m
-    assert all(0 < len(some) < n and 0 < len(seen) < m for some, seen in done)  # each stop came in between
-
-
 def test_interrupted_at_three_places_nothing_is_lost_or_done_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "ENTRIES", 20)  # so that some wait at every stop
     monkeypatch.setattr(texts, "CHUNK", 8)
     monkeypatch.setattr(pictures, "MOST", 8)
     check_interrupted(tmp_path, 300, 60, (20, 12, 9), Family)
-
-
-@pytest.mark.long
-def test_ten_thousand_prompts_and_two_thousand_pictures_of_the_tiny_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "ENTRIES", 256)
-    inner = load_family("stepdistill/tiny-sd")
-    check_interrupted(tmp_path, 10_000, 2_000, (600, 400, 700), lambda stop: Watched(inner, stop))
 
 
 def test_a_killed_process_loses_no_file_that_it_had_written(tmp_path):
