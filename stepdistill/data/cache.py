@@ -10,6 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,8 +81,9 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         if distributed.rank() == 0:
             for left in self.folder.glob(".*.tmp"):
-                if time.time() - left.stat().st_mtime > STALE:
-                    left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # another run has just finished it
+                    if time.time() - left.stat().st_mtime > STALE:
+                        left.unlink()
             if not (self.folder / "made.json").is_file():
                 tmp = self.folder / f".made.{secrets.token_hex(4)}.tmp"
                 tmp.write_text(json.dumps(settings, indent=1))
@@ -210,5 +212,5 @@ def giga(size: int) -> str:
 
 
 def disk(folder: Path) -> int:
-    """Bytes that a folder takes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes that the encodings in a folder take."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
