@@ -69,7 +69,7 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     Raises:
         UserError: the folder holds a run of another recipe.
         Diverged: a loss or gradient is not finite; the state before that step is saved.
-        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved (before training: what is encoded, and the pairs so far).
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved (before training: encodings and pairs so far).
     """
     run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
     start = find_start(run, recipe, resume, line)
