@@ -151,6 +151,18 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("strategy", metavar="STRATEGY", help="of `stepdistill ls strategies`, or package.module:Class")
     made.add_argument("--trust-remote-code", action="store_true", help="import the package of package.module:Class")
 
+    made = verb(
+        "push",
+        push,
+        "Upload an export with its card to the hub, and nothing else.",
+        "stepdistill push runs/mine --repo org/name --private",
+        "stepdistill push runs/mine --repo org/name --base stabilityai/stable-diffusion-xl-base-1.0",
+    )
+    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
+    made.add_argument("--repo", required=True, metavar="ORG/NAME", help="made if it is not there")
+    made.add_argument("--private", action="store_true", help="nobody else may see it; otherwise everybody does")
+    made.add_argument("--base", metavar="ORG/NAME", help="the base model, where it was given by a folder")
+
     verb("doctor", doctor, "Look at this machine and installation; says what to mend.", "stepdistill doctor")
     return parser
 
@@ -280,6 +292,12 @@ def explain(args) -> None:
 
     kind = find_strategy(args.strategy, args.trust_remote_code)
     print(explanation(args.strategy, kind, max(60, min(96, shutil.get_terminal_size().columns))))
+
+
+def push(args) -> None:
+    from .push import push as upload
+
+    print(upload(args.folder, args.repo, args.private, args.base))
 
 
 def doctor(args) -> int:

@@ -30,6 +30,7 @@ from torch import Tensor
 from .assemble import Distillation, restore, trained
 from .card import card, newest_grid
 from .checkpoint import sync
+from .devices import placed, tiled
 from .errors import UserError
 from .evaluate.walks import to_pixels
 from .families.load import load_pipeline_folder, quiet
@@ -246,9 +247,10 @@ def draw_gallery(distillation: Distillation, told: Serving, out: Path) -> None:
         return
     (out / GALLERY).mkdir()
     family = distillation.family
-    latents = trainers_latents(distillation, told, first_noise(distillation, told))
-    for k, latent in enumerate(latents.to(family.pipe.device), 1):
-        Image.fromarray(to_pixels(family.decode(latent[None]))[0]).save(out / GALLERY / f"{k}.png")
+    latents = trainers_latents(distillation, told, first_noise(distillation, told)).to(device := family.pipe.device)
+    with placed([family.pipe.vae], device), tiled(family.pipe.vae, family.size):
+        for k, latent in enumerate(latents, 1):
+            Image.fromarray(to_pixels(family.decode(latent[None]))[0]).save(out / GALLERY / f"{k}.png")
 
 
 def first_noise(distillation: Distillation, told: Serving) -> Tensor:

@@ -19,7 +19,7 @@ from stepdistill.listing import shipped
 from stepdistill.recipe import load_recipe
 from stepdistill.strategies import STRATEGIES
 
-VERBS = ("train", "sample", "eval", "export", "pairs", "merge", "validate", "ls", "cat", "cp", "explain", "doctor")
+VERBS = ("train", "sample", "eval", "export", "pairs", "merge", "validate", "ls", "cat", "cp", "explain", "push", "doctor")
 
 
 def run(capsys, *argv):
