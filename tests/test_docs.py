@@ -3,12 +3,18 @@
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import torch
+import yaml
 from networks import Promoted, build, exact, normal
 
+from stepdistill.cli import build_parser
+from stepdistill.fields import fields_of
 from stepdistill.listing import shipped
+from stepdistill.lora_sources import split_scale
+from stepdistill.sections import Model
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -59,3 +65,16 @@ def test_the_derivatives_page_shows_the_measured_cost():
     assert benchmark.table(results) in benchmark.PAGE.read_text(encoding="utf-8")
     for made in results.values():
         assert made["parameters"] >= 20e6 and made["quotient"]["median"] <= 4
+
+
+def test_the_page_of_exports_names_what_there_is():
+    """Its commands parse, its recipe key exists, and its lines for diffusers are those of the card."""
+    page = (REPO / "docs" / "exports.md").read_text(encoding="utf-8")
+    commands = re.findall("^(stepdistill .*)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        _, rest = build_parser().parse_known_args(shlex.split(command)[1:])
+        assert not rest
+    (keys,) = (yaml.safe_load(code)["model"] for code in re.findall("```yaml\n(.*?)```", page, re.DOTALL))
+    assert keys.keys() <= fields_of(Model).keys() and [split_scale(text)[1] for text in keys["loras"]] == [0.8, 1.0]
+    assert 'pipe.set_adapters(["few_step", "style"], [1.0, 0.7])' in page
