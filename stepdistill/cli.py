@@ -137,6 +137,15 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("recipes", metavar="RECIPE", nargs="+", help="files, or names of shipped recipes")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="a recipe key in dots, and its value")
 
+    made = verb(
+        "plan",
+        plan,
+        "Tell what a recipe will need of a GPU and a disk, before anything is downloaded.",
+        "stepdistill plan dmd2_sdxl_24gb --gpu 24GB",
+    )
+    takes_recipe(made)
+    made.add_argument("--gpu", metavar="SIZE", help="the card that it must fit, such as 24GB; says what to change")
+
     made = verb("ls", ls, "List what there is.", "stepdistill ls recipes", "stepdistill ls strategies")
     made.add_argument("what", nargs="?", choices=tuple(listing.SHELVES), help="otherwise everything")
 
@@ -261,6 +270,15 @@ def validate(args) -> None:
             print(f"{name}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))  # those of the command line are the same for each recipe
+
+
+def plan(args) -> None:
+    from .plan import make_plan
+    from .plan_report import read_size, report
+    from .recipe import load_recipe
+
+    gpu = args.gpu and read_size(args.gpu)
+    print(report(make_plan(load_recipe(args.recipe, args.overrides)), gpu))
 
 
 def ls(args) -> None:

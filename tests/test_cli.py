@@ -19,7 +19,7 @@ from stepdistill.listing import shipped
 from stepdistill.recipe import load_recipe
 from stepdistill.strategies import STRATEGIES
 
-VERBS = ("train", "sample", "eval", "export", "pairs", "merge", "validate", "ls", "cat", "cp", "explain", "push", "doctor")
+VERBS = ("train", "sample", "eval", "export", "pairs", "merge", "push", "validate", "plan", "ls", "cat", "cp", "explain", "doctor")
 
 
 def run(capsys, *argv):
@@ -50,7 +50,7 @@ def test_help_of_a_verb_has_an_example_that_parses(capsys, verb):
 
 def test_unknown_words_exit_2(capsys):
     assert run(capsys)[0] == 2
-    assert run(capsys, "plan", "quickstart")[0] == 2
+    assert run(capsys, "draw", "quickstart")[0] == 2
     status, _, err = run(capsys, "ls", "recipes", "more")
     assert (status, "unknown arguments: more" in err) == (2, True)
     assert "unknown arguments: --outptu" in run(capsys, "validate", "quickstart", "--outptu", "a=b")[2]

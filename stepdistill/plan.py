@@ -1,0 +1,292 @@
+"""What a recipe will need of a GPU and a disk, found before anything is downloaded: `stepdistill plan`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import find
+from .assemble import AVERAGE, Distillation, trained
+from .batch import Batch
+from .costs import HOST, Costs, StandinFamily, noted, standin_roles
+from .data.build import read_prompts
+from .errors import UserError
+from .families import FAMILIES, Family
+from .families.load import check_size
+from .live_bytes import LiveBytes
+from .meta import build_pipeline
+from .recipe import Recipe
+from .roles import build_roles, enable_checkpointing
+from .trainer import Trainer
+
+CONTEXT, SLACK = 1e9, 0.10  # assumed: bytes of the CUDA context, and the share that allocator and workspaces add
+ITERATIONS = 20  # that are tried with stand-ins, which average a strategy's cadence and its random steps
+WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes of a quantised weight; nf4 has a float32 scale for each 64
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes of optimizer state for each number that learns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one GPU, samples through the networks and operations of one iteration, bytes on disk."""
+
+    recipe: Recipe
+    base: int  # the frozen network, quantised or not
+    parameters: int
+    shape: tuple[int, ...]  # frames, height, width in pixels
+    adapters: int  # weights of all roles that learn, and of averages
+    size: int  # numbers in one adapter
+    roles: tuple[str, ...]
+    heads: int
+    optimizer: int
+    gradients: int
+    others: dict[str, int]  # text encoders, autoencoder
+    players: dict[str, int]  # activations and all else that comes and goes in each player's part
+    decode: int  # of eval.batch pictures
+    evaluations: dict[tuple[str, str], float]  # (role, forward or backward) -> samples an iteration
+    flops: float
+    disk: dict[str, int]
+    prompts: int
+    options: list[tuple[str, int]] = field(default_factory=list)  # key=value, and the bytes that it saves
+
+    @property
+    def resident(self) -> int:
+        """What never leaves the GPU while it trains."""
+        return self.base + self.adapters + self.heads + self.optimizer
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The most bytes in each phase, without assumptions."""
+        found = {"encoding": self.base + sum(self.others.values())}
+        for who, size in self.players.items():
+            found[f"{who}'s step"] = self.resident + self.gradients + size
+        found["validation"] = self.resident + self.others.get("autoencoder", 0) + self.decode
+        return found
+
+    @property
+    def phase(self) -> str:
+        """That of the peak."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def peak(self) -> float:
+        """Bytes, with what is assumed."""
+        return self.phases[self.phase] * (1 + SLACK) + CONTEXT
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Measure a recipe of a known model without its weights.
+
+    Raises:
+        UserError: the model is not one that is known.
+    """
+    live = LiveBytes()
+    with live:
+        family, prompt = open_family(recipe)
+        check_size(family)
+        return plan_of(recipe, family, prompt, live)
+
+
+def plan_of(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], live: LiveBytes) -> Plan:
+    """The plan for a family on the meta device, while `live` is on. prompt: shapes of one encoded prompt."""
+    costs, net = open_costs(recipe, family, prompt, live)
+    size = sum(p.numel() for p in costs.student.parameters())
+    base = weigh(net, getattr(recipe.model, "quantize", None)) - 4 * size * (recipe.lora is not None)
+    tried = try_out(recipe, costs, size)
+    others = {
+        "text encoders": sum(weigh(m) for n, m in modules(family) if n.startswith("text_encoder")),
+        "autoencoder": sum(weigh(m) for n, m in modules(family) if n == "vae"),
+    }
+    decode = decoding(family, recipe.eval.batch, live)
+    optimizer = getattr(recipe.optim, "optimizer", "adamw")
+    count = len(read_prompts(recipe.data.prompts, recipe.data.count))
+    row = sum(x.numel() * x.element_size() for x in costs.cond.values())
+    disk = {"text embeddings": count * row}
+    if "x0" in recipe.strategy.needs:
+        disk["latents"] = count * 4 * torch.Size(family.shape).numel()
+    plan = Plan(
+        recipe=recipe,
+        base=base,
+        parameters=sum(p.numel() for p in net.parameters()) - size * (recipe.lora is not None),
+        shape=(*([family.frames] if family.frames else []), *family.size),
+        adapters=4 * size * len(tried.roles),
+        size=size,
+        roles=tried.roles,
+        heads=tried.heads,
+        optimizer=round(tried.learning * MOMENTS[optimizer]),
+        gradients=4 * tried.learning,
+        others={name: size for name, size in others.items() if size},
+        players=tried.players,
+        decode=decode,
+        evaluations=tried.evaluations,
+        flops=tried.flops,
+        disk=disk,
+        prompts=count,
+    )
+    return dataclasses.replace(plan, options=options(plan, costs))
+
+
+def modules(family: Family) -> list[tuple[str, nn.Module]]:
+    """The pipeline's models by name."""
+    return [(name, m) for name, m in family.pipe.components.items() if isinstance(m, nn.Module)]
+
+
+def open_family(recipe: Recipe) -> tuple[Family, dict[str, tuple[int, ...]]]:
+    """The family of a known model without its weights, and the shapes of an encoded prompt."""
+    source = recipe.model.source
+    architecture = find(source)
+    if architecture is None or architecture.pipeline not in FAMILIES:
+        raise UserError(f"model.source {source}: its architecture is not known here; see: stepdistill ls models")
+    pipe = build_pipeline(architecture, getattr(torch, recipe.model.dtype))
+    return FAMILIES[architecture.pipeline](pipe, recipe.data.size, recipe.data.frames), architecture.prompt
+
+
+def open_costs(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], live: LiveBytes) -> tuple[Costs, nn.Module]:
+    """The real network with one role on it, ready to be measured."""
+    lora, train = recipe.lora, recipe.train
+    roles = build_roles(family, ("student",), lora and lora.rank, lora and lora.targets)
+    net = roles.student.net
+    if train.checkpointing:
+        enable_checkpointing(net)
+    dtype = getattr(torch, recipe.model.dtype)
+    cond = {name: torch.empty(1, *shape, dtype=dtype, device=HOST) for name, shape in prompt.items()}
+    precision = torch.bfloat16 if train.precision == "bf16" else None
+    return Costs(family, roles.student, cond, live, precision), net
+
+
+def weigh(module: nn.Module, quantize: str | None = None) -> int:
+    """Bytes of a module's weights and buffers; quantised, those of its linear layers are smaller."""
+    whole = {id(x): x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers())}
+    if quantize:
+        for name, m in module.named_modules():
+            if isinstance(m, nn.Linear) and "lora_" not in name:
+                whole[id(m.weight)] = round(m.weight.numel() * WEIGHT[quantize])
+    return sum(whole.values())
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What was found by running a strategy with stand-ins."""
+
+    roles: tuple[str, ...]
+    heads: int  # bytes of the strategy's own modules
+    learning: int  # numbers that have gradients and moments
+    players: dict[str, int]
+    evaluations: dict[tuple[str, str], float]
+    flops: float
+
+
+def try_out(recipe: Recipe, costs: Costs, size: int) -> Tried:
+    """Run the strategy's own iterations where every evaluation costs what it costs and computes nothing."""
+    strategy, train, live = copy.deepcopy(recipe.strategy), recipe.train, costs.live
+    family = StandinFamily(costs)
+    averaged = tuple(name + AVERAGE for name in trained(strategy) if train.ema is not None)
+    names = (*strategy.roles, *averaged)
+    roles = standin_roles(family, names, size)
+    with torch.device(HOST):
+        strategy.setup(roles)
+    for module in strategy.modules().values():
+        module.to(HOST)
+    heads = sum(map(weigh, strategy.modules().values()))
+    parts = min(train.accumulate, 2)  # from the second on, gradients of the first are there
+    plain = dataclasses.replace(
+        recipe,
+        strategy=strategy,
+        train=dataclasses.replace(train, checkpointing=False, accumulate=parts, ema=train.ema),
+        optim=plain_optimizer(recipe),
+    )
+    trainer = Trainer(
+        Distillation(plain, family, strategy, roles), Meta(costs, strategy.needs, train.batch // train.accumulate)
+    )
+    live.hold(p for role in roles.values() for p in role.parameters())
+    peaks: dict[str, int] = {}
+    stages, learning, start = stage_lengths(strategy, train.steps), 0, live.now
+    evaluations: Counter[tuple[str, str]] = Counter()
+    with noted(strategy, live, peaks):
+        for first, length in stages:
+            trainer.at, done = first, min(length, max(1, ITERATIONS // len(stages)))
+            family.counts.clear()
+            for _ in range(done):
+                trainer.step()
+            weight = length / train.steps / done * train.accumulate / parts
+            evaluations.update({key: n * weight for key, n in family.counts.items()})
+            learning = max(learning, sum(p.numel() for params in trainer.params.values() for p in params))
+    state = sum(x.numel() * x.element_size() for _, x in trainer.moments())
+    flops = evaluations.pop(("flops", "forward"), 0) + evaluations.pop(("flops", "backward"), 0)
+    fixed = start + state + 4 * learning
+    return Tried(names, heads, learning, {who: max(0, n - fixed) for who, n in peaks.items()}, dict(evaluations), flops)
+
+
+def plain_optimizer(recipe: Recipe) -> Any:
+    """AdamW of PyTorch, whose state is as many numbers as that of its 8-bit copies."""
+    optim = recipe.optim
+    return dataclasses.replace(optim, optimizer="adamw") if hasattr(optim, "optimizer") else optim
+
+
+def stage_lengths(strategy: Any, steps: int) -> list[tuple[int, int]]:
+    """First iteration and length of every stage."""
+    edges = [at for at in range(steps) if at == 0 or strategy.stage(at) != strategy.stage(at - 1)]
+    return [(at, end - at) for at, end in zip(edges, [*edges[1:], steps], strict=True)]
+
+
+@dataclass
+class Meta:
+    """Batches without numbers."""
+
+    costs: Costs
+    needs: frozenset[str]
+    rows: int
+    device: str = HOST
+
+    def __call__(self, step: int, part: int) -> tuple[Batch, range]:
+        family, rows = self.costs.family, self.rows
+        cond = {name: x.expand(rows, *x.shape[1:]) for name, x in self.costs.cond.items()}
+        noise = torch.empty(rows, *family.shape, device=HOST)
+        x0 = torch.empty_like(noise) if self.needs & {"x0", "pairs"} else None
+        null = None if family.guidance_distilled else cond
+        return Batch(noise, cond, null, x0, ("",) * rows), range(part * rows, (part + 1) * rows)
+
+
+@torch.no_grad()
+def decoding(family: Family, rows: int, live: LiveBytes) -> int:
+    """The most bytes that come and go while `rows` samples become pictures."""
+    latents = torch.empty(rows, *family.shape, device=HOST)
+    live.hold(family.pipe.vae.parameters())
+    live.lap()
+    before = live.now
+    family.decode(latents)
+    return live.lap() - before
+
+
+def options(plan: Plan, costs: Costs) -> list[tuple[str, int]]:
+    """Changes that save memory, what costs least first, each with its gain if it is made alone."""
+    recipe, found = plan.recipe, []
+    train, rows = recipe.train, recipe.train.batch // recipe.train.accumulate
+    most = max(plan.players.values(), default=0)
+    if not train.checkpointing:
+        enable_checkpointing(costs.student.net)
+        with costs.live:
+            leaner = costs.measure(rows, True)
+        before = costs(rows, True)
+        found.append(("train.checkpointing=true", max(before.forward, before.backward) - max(leaner.forward, leaner.backward)))
+    if rows > 1:
+        found.append((f"train.accumulate={train.batch}", most - most // rows))
+    if recipe.eval.batch > 1:
+        found.append(("eval.batch=1", plan.decode - plan.decode // recipe.eval.batch))
+    if recipe.model.dtype == "float32":
+        found.append(("model.dtype=bfloat16 train.precision=bf16", plan.base // 2))
+    if MOMENTS[getattr(recipe.optim, "optimizer", "adamw")] == 8:
+        found.append(("optim.optimizer=adamw8bit", round(plan.optimizer * (1 - MOMENTS["adamw8bit"] / 8))))
+    if recipe.lora and not getattr(recipe.model, "quantize", None):
+        net = costs.family.net
+        with_lora = 4 * plan.size
+        found += [(f"model.quantize={kind}", plan.base - weigh(net, kind) + with_lora) for kind in WEIGHT]
+    if recipe.lora and recipe.lora.rank > 16:
+        share = 1 - 16 / recipe.lora.rank
+        found.append(("lora.rank=16", round((plan.adapters + plan.gradients + plan.optimizer) * share)))
+    return found
