@@ -13,6 +13,7 @@ from . import checkpoint, distributed
 from .batch import seed_of
 from .errors import UserError
 from .families.base import Family
+from .families.kernels import use_xformers
 from .families.load import load_family
 from .lora_sources import find_lora
 from .recipe import Recipe, load_recipe, strategy_name
@@ -102,6 +103,8 @@ def assemble(recipe: Recipe) -> Distillation:
     family = load_family(
         model.source, dtype, model.revision, model.variant, model.quantize, where, data.size, data.frames, loras
     )
+    if train.attention == "xformers":
+        use_xformers(family)
     strategy = recipe.strategy
     for keys, message in check_guidance(family, strategy, recipe.pairs.guidance):
         raise UserError(f"{'.'.join(keys)}: {message}")

@@ -21,6 +21,7 @@ from .evaluate.grid import Samples
 from .evaluate.table import evaluate
 from .export import write_card, write_export
 from .inference import SIDECAR, read_export, recipe_hash, serving
+from .machine import check_machine
 from .pairs import make_pairs
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
@@ -67,11 +68,12 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
             a checkpoint to start from.
 
     Raises:
-        UserError: the folder holds a run of another recipe.
+        UserError: the folder holds a run of another recipe, or the machine lacks what the recipe asks for.
         Diverged: a loss or gradient is not finite; the state before that step is saved.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved (before training: encodings and pairs so far).
     """
     run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
+    check_machine(recipe)
     start = find_start(run, recipe, resume, line)
     if start is not None and start == checkpoint.latest(run.checkpoints) and run.finished(recipe):
         line.say(f"{run.folder} is finished ({run.step} steps). Its export: {run.export}")

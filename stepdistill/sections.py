@@ -96,6 +96,8 @@ class Train:
         default="no", metadata={"refused": {"fp16": "training in fp16 diverges (range too small); use bf16"}}
     )
     checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
+    compile: bool = False  # torch.compile of the network's repeated blocks: minutes at first, then quicker steps
+    attention: Literal["xformers"] | None = None  # kernels of attention in the network; null: PyTorch's own
     ema: float | None = ranged(None, above=0, below=1)  # decay of the average that is evaluated and exported
 
 

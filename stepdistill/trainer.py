@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import checkpoint, distributed
 from .assemble import AVERAGE, Distillation, modules_of
 from .batch import Draw
+from .compiling import compile_blocks
 from .data import Batches
 from .errors import Diverged
 from .optimizers import build_optimizer, load_moments, moments
@@ -28,9 +29,12 @@ class Trainer:
         self.players: dict[str, tuple[str, ...]] = {}
         self.params: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        nets = {id(role.net): role.net for role in self.roles.values()}.values()
         if self.recipe.train.checkpointing:
-            for net in {id(role.net): role.net for role in self.roles.values()}.values():
+            for net in nets:
                 enable_checkpointing(net)
+        if self.recipe.train.compile:
+            compile_blocks(nets, len(self.roles))
 
     def open(self, stage: int, enter: bool = True) -> None:
         """Begin a stage: let the strategy set values, open what its players train, make fresh optimizers."""

@@ -49,6 +49,8 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "errors": set(),
     "architectures": set(),
     "meta": {"architectures", "families"},
+    "compiling": set(),
+    "machine": {"distributed", "errors", "extras", "sections"},
     "devices": set(),
     "extras": {"errors"},
     "optimizers": {"extras", "sections"},

@@ -1,0 +1,41 @@
+"""What a recipe asks of the machine that trains it, refused before any work if it is not there."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+import torch.nn.functional as F
+
+from . import distributed
+from .errors import UserError
+from .extras import require
+from .sections import Recipe
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Raises UserError for a package, a compiler or a type of numbers that this machine lacks."""
+    if recipe.optim.optimizer == "adamw8bit":
+        require("bitsandbytes", "optim.optimizer adamw8bit")
+    if recipe.train.attention == "xformers":
+        require("xformers", "train.attention xformers")
+    if recipe.train.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise UserError("train.compile true needs a C++ compiler, and there is none; install g++, or set it to false")
+    device = distributed.device()
+    precision = "bfloat16" if recipe.train.precision == "bf16" else "float32"
+    for key, name in {"model.dtype": recipe.model.dtype, "train.precision": precision}.items():
+        if lacks(device, getattr(torch, name)):
+            remedy = "float32 (or float16 on a GPU)" if key == "model.dtype" else "no"
+            raise UserError(f"{key} {name}: {device.type} of this machine does not compute in it; set {key} to {remedy}")
+
+
+def lacks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device cannot convolve and multiply in a dtype, there and back; slow emulation on older GPUs counts as that."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return True
+    try:
+        x = torch.ones(1, 2, 4, 4, device=device, dtype=dtype, requires_grad=True)
+        (F.conv2d(x, x.detach()) @ x.new_ones(1, 1)).sum().backward()
+    except (RuntimeError, TypeError):
+        return True
+    return False
