@@ -56,6 +56,31 @@ def aura_flow():
     )
 
 
+PARTS = {  # of a network: what the names of its layers hold
+    "attention": ("to_q",),
+    "feed-forward": ("ff.", "ffn.", "mlp", "feed_forward.", "linear_in", "conv_inverted", "w1"),
+    "convolutions": ("conv1",),
+    "modulation": ("norm", "_mod", "adaln", "adaLN", "time_emb", "time_proj"),
+}
+
+
+def form(family) -> str:
+    """The form of one sample's latents: which of their sides grow with the height, the width, the length of what is drawn."""
+    shapes = [family.latent_shape(*size) for size in ((64, 64), (128, 64), (64, 128))]
+    family.frames = family.frames and 2 * family.frames - 1
+    sides = zip(*shapes, family.latent_shape(64, 64), strict=True)
+    return " ".join("h" if h > one else "w" if w > one else "t" if t > one else "c" for one, h, w, t in sides)
+
+
+def cells(pipeline: str, pipe) -> str:
+    """What the page's table says of a pipeline, as its family says it of a tiny one."""
+    kind = FAMILIES[pipeline]
+    family = kind(pipe, (64, 64), kind.frames and 17)
+    wears = [part for part, names in PARTS.items() if any(name in layer for name in names for layer in kind.lora_targets)]
+    guidance = {True: "distilled", False: "guided"}.get(kind.guidance_distilled, "guided or distilled")
+    return f"| `{pipeline}` | {family.kind} | {form(family)} | {guidance} | {', '.join(wears)} |"
+
+
 def added() -> dict[str, list[str]]:
     """The lines that the page's diff adds, by file."""
     (diff,) = re.findall("```diff\n(.*?)```", PAGE, re.DOTALL)
@@ -95,3 +120,12 @@ def test_the_example_trains_and_is_exported(tmp_path, monkeypatch):
     monkeypatch.setitem(PIPELINES, "aura flow", aura_flow)
     monkeypatch.setitem(CASES, "aura flow", Case())
     test_conformance.test_a_trained_lora_is_loaded_by_a_stock_pipeline("aura flow", tmp_path)
+
+
+def test_the_table_is_of_the_families():
+    pipes = {type(pipe).__name__: pipe for pipe in (build() for build in reversed(PIPELINES.values()))}
+    rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(FAMILIES)
+    for row in rows:
+        pipeline = row.split("`")[1]
+        assert row.startswith(cells(pipeline, pipes[pipeline]))
