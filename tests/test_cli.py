@@ -19,7 +19,22 @@ from stepdistill.listing import shipped
 from stepdistill.recipe import load_recipe
 from stepdistill.strategies import STRATEGIES
 
-VERBS = ("train", "sample", "eval", "export", "pairs", "merge", "push", "validate", "plan", "ls", "cat", "cp", "explain", "doctor")
+VERBS = (
+    "train",
+    "sample",
+    "eval",
+    "export",
+    "pairs",
+    "merge",
+    "push",
+    "validate",
+    "plan",
+    "ls",
+    "cat",
+    "cp",
+    "explain",
+    "doctor",
+)
 
 
 def run(capsys, *argv):

@@ -63,6 +63,11 @@ def test_what_a_header_says(monkeypatch, name):
     assert load_recipe(RECIPES[name], [text.replace("'", "").rstrip(".") for text in proposed], there=False)
 
 
+def test_the_readme_names_them_all():
+    table = (HERE.parent / "README.md").read_text().split("## Real models")[1].split("\n\n")[2]
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(RECIPES)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Pictures with captions; tiny pipelines are put beside them."""
