@@ -70,7 +70,7 @@ class Plane(Family):
     def feature_block(self, net):
         return net.body
 
-    def feature_tokens(self, out):
+    def feature_tokens(self, out, _x_t, _cond):
         return out[:, None]  # one token
 
     def feature_width(self, net):

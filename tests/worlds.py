@@ -129,7 +129,7 @@ class World(Family):
     def feature_block(self, net):
         return self.tap
 
-    def feature_tokens(self, out):
+    def feature_tokens(self, out, _x_t, _cond):
         return out
 
     def feature_width(self, net):
