@@ -315,4 +315,10 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("families/flux2.py", 'self.default("num_inference_steps")', "4", "flux2"),
     ("samplers.py", "between = angles[1] if n == 2 else None", "between = None", "samplers"),
     ("samplers.py", "turned(scheduler, schedule, x, time or 0.0)", "turned(scheduler, schedule, x, hop.time)", "samplers"),
+    ("families/wan.py", "1000 * time < self.net.boundary", "1000 * time > self.net.boundary", "wan"),
+    ("samplers.py", "inverse = 1 - n * fall", "inverse = 1 - fall", "samplers"),
+    ("samplers.py", "1 - kept / torch.cat", "kept / torch.cat", "videos"),
+    ("families/cogvideox.py", "latents[:, self.spare :]", "latents[:, : latents.shape[1] - self.spare]", "conformance"),
+    ("families/probed.py", "if not all(same(part[name]", "if all(same(part[name]", "probed"),
+    ("families/probed.py", "latents[:, order] = ", "latents = latents[:, order] * 0 + ", "probed"),
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,3 +153,19 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def samples(seen: Seen) -> int:
+    """Samples that the network was asked about for one prompt: two if it is guided."""
+    return sum(len(seen.told["sample"]) * batches(asked, seen.told["sample"]) for asked, _ in seen.calls)
+
+
+def batches(asked: Mapping[str, Any], sample: Tensor) -> int:
+    """How many times over the sample is in one call."""
+    inputs = [x for x in leaves(dict(asked)).values() if isinstance(x, Tensor) and x.shape[1:] == sample.shape[1:]]
+    return max((len(x) // len(sample) for x in inputs), default=1)
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-5 if a.dtype == b.dtype == torch.float32 else 1e-2
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)

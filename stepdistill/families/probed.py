@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..schedules import RectifiedFlow
 from .base import Family, shifted
-from .probe import NETWORKS, Seen, leaves, nested, same, watch
+from .probe import NETWORKS, Seen, leaves, near, nested, same, samples, watch
 
 SHORT, LONG = "a", "a photograph of seven red cats, two of them asleep"
 TIMES = (250.0, 750.0)  # two timesteps, which tell how the network hears them
@@ -122,7 +121,7 @@ class Probed(Family):
         times = [name for name, x in first.items() if not same(x, later[name])]
         if len(latents) != 1 or len(times) != 1:
             raise self.refusal(
-                f"its network is not asked for the latents and a time, as they are: they are {latents or 'nothing'} of its "
+                f"its network is not asked with the latents and a time, as they are: they are {latents or 'nothing'} of its "
                 f"arguments, and with the time change {times or 'none'}"
             )
         self.latents, self.time = latents[0], times[0]
@@ -225,6 +224,10 @@ class Probed(Family):
             raise self.refusal("it does not say what size its pictures have; set data.resolution")
         return sides if all(sides) else (side * self.factor, side * self.factor)
 
+    @property
+    def encoders(self) -> list[nn.Module]:
+        return []  # that could wait off the device: decoding takes them too
+
     def feature_block(self, net: nn.Module) -> nn.Module:
         raise UserError(f"no features are known of a {self.pipeline}: leave the GAN off, or write a family for it")
 
@@ -258,22 +261,6 @@ def probed(pipe: Any, size: tuple[int, int] | None = None, frames: int | None = 
     """
     kind = ProbedVideo if "num_frames" in inspect.signature(type(pipe).__call__).parameters else Probed
     return kind(pipe, size, frames)
-
-
-def samples(seen: Seen) -> int:
-    """Samples that the network was asked about for one prompt: two if it is guided."""
-    return sum(len(seen.told["sample"]) * batches(asked, seen.told["sample"]) for asked, _ in seen.calls)
-
-
-def batches(asked: Mapping[str, Any], sample: Tensor) -> int:
-    """How many times over the sample is in one call."""
-    inputs = [x for x in leaves(dict(asked)).values() if isinstance(x, Tensor) and x.shape[1:] == sample.shape[1:]]
-    return max((len(x) // len(sample) for x in inputs), default=1)
-
-
-def near(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-5 if a.dtype == b.dtype == torch.float32 else 1e-2
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance)
 
 
 def targets(net: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
