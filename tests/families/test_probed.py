@@ -5,8 +5,9 @@ import copy
 import diffusers
 import pytest
 import torch
-from pipelines import PROMPTS
+from pipelines import PROMPTS, watch
 from students import PIPELINES, move, student
+from test_families_page import aura_flow
 
 from stepdistill.data.build import build_batches
 from stepdistill.errors import UserError
@@ -14,6 +15,7 @@ from stepdistill.export import write_export
 from stepdistill.families import FAMILIES
 from stepdistill.families.load import family_of
 from stepdistill.families.probed import Probed, ProbedVideo, probed
+from stepdistill.roles import Denoiser
 from stepdistill.schedules import RectifiedFlow
 from stepdistill.trainer import Trainer
 
@@ -89,6 +91,22 @@ def test_the_sampler_is_the_family_s(both):
 def test_what_cannot_be_found_out_is_refused(name, why):
     with pytest.raises(UserError, match=f"cannot be found out by itself: .*{why}"):
         probed(PIPELINES[name](), SIZE, 5 if name == "wan" else None)
+
+
+@torch.no_grad()
+def test_one_of_diffusers_that_is_in_no_table():
+    """AuraFlow, whose network hears times from 0 to 1, against what the pipeline hands its scheduler."""
+    pipe = aura_flow()
+    assert type(pipe).__name__ not in FAMILIES
+    found = family_of(pipe, (16, 16))
+    null = {name: x.expand(3, *x.shape[1:]) for name, x in found.null_prompts().items()}
+    cond, role = found.encode_prompts(PROMPTS), Denoiser(found, found.net)
+    for scale in (1.0, 3.0):
+        _, seen = watch(copy.deepcopy(pipe), PROMPTS, guidance_scale=scale, height=16, width=16)
+        assert len(seen) == 3
+        for out, k, x in seen:
+            p = role.guided(x, torch.full([3], k.item() / 1000), cond, null, scale)
+            assert torch.allclose(p.flow, out, rtol=0, atol=2e-5)
 
 
 class Sharper(diffusers.StableDiffusionPipeline):
