@@ -527,6 +527,32 @@ def hunyuanvideo():
     )
 
 
+def aura_flow():
+    torch.manual_seed(0)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=2,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=256,
+    )
+    for name, p in transformer.named_parameters():
+        if "attn" in name or "context_embedder" in name:
+            torch.nn.init.normal_(p)  # or prompts hardly count
+    return finish(
+        diffusers.AuraFlowPipeline(
+            transformer=transformer,
+            scheduler=flow(shift=1.73),
+            vae=autoencoder(scaling_factor=0.13025),
+            text_encoder=t5(),
+            tokenizer=t5_tokenizer(),
+        )
+    )
+
+
 def finish(pipe):
     """Nothing trains, and no weight is zero: modulations and output layers that start at zero would hide mistakes."""
     for module in (m for m in pipe.components.values() if isinstance(m, nn.Module)):

@@ -131,7 +131,7 @@ class Probed(Family):
         self.times_shape = torch.as_tensor(first[self.time]).shape[1:]  # of a sample
         self.rows: list[str] = []
         self.constants: dict[str, Any] = {}
-        for name in first.keys() - {self.latents, self.time}:
+        for name in (name for name in first if name not in (self.latents, self.time)):
             x, y, z = first[name], other[name], both[name]
             if isinstance(x, Tensor) and x.ndim and len(z) == 2 * len(x) and x.shape == y.shape and z.shape[1:] == x.shape[1:]:
                 self.rows.append(name)

@@ -6,11 +6,9 @@ import re
 import types
 from pathlib import Path
 
-import diffusers
 import pytest
 import test_conformance
-import torch
-from pipelines import autoencoder, finish, flow, t5, t5_tokenizer
+from pipelines import aura_flow
 from students import PIPELINES
 from test_conformance import (  # noqa: F401 - collected here again, with this module's `made`
     CASES,
@@ -28,32 +26,6 @@ from test_conformance import (  # noqa: F401 - collected here again, with this m
 from stepdistill.families import FAMILIES
 
 PAGE = (Path(__file__).resolve().parent.parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
-
-
-def aura_flow():
-    torch.manual_seed(0)
-    transformer = diffusers.AuraFlowTransformer2DModel(
-        sample_size=8,
-        num_mmdit_layers=2,
-        num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pos_embed_max_size=256,
-    )
-    for name, p in transformer.named_parameters():
-        if "attn" in name or "context_embedder" in name:
-            torch.nn.init.normal_(p)  # or prompts hardly count
-    return finish(
-        diffusers.AuraFlowPipeline(
-            transformer=transformer,
-            scheduler=flow(shift=1.73),
-            vae=autoencoder(scaling_factor=0.13025),
-            text_encoder=t5(),
-            tokenizer=t5_tokenizer(),
-        )
-    )
 
 
 PARTS = {  # of a network: what the names of its layers hold
