@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .batch import seed_of
 from .diffusion import Prediction, anchored, guide, halves, mix, read, transition
+from .errors import UserError
 from .schedules import Schedule
 
 if TYPE_CHECKING:
@@ -67,7 +68,15 @@ def enable_checkpointing(net: nn.Module) -> None:
 
     Backward runs after the role has changed: a plain replay would recompute the student's blocks as somebody else and
     return wrong gradients, silently, since all adapters have the same shapes.
+
+    Raises:
+        UserError: diffusers cannot replay the blocks of this network.
     """
+    if not getattr(net, "_supports_gradient_checkpointing", True):
+        raise UserError(
+            f"train.checkpointing true: diffusers' {type(net).__name__} cannot recompute its blocks; set it to false, and "
+            f"train.accumulate higher for less memory"
+        )
 
     def run(block: nn.Module, *args):
         adapter = worn(block)

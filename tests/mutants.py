@@ -4,6 +4,9 @@ LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "d
 TSCD, TRIG, SCM, RCM, BOOT, REFLOW = (f"strategies/{name}.py" for name in ("tscd", "trigflow", "scm", "rcm", "boot", "reflow"))
 SHARED = "strategies/shared.py"
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
+    ("families/quantize.py", "module.support_avx512bf16_for_cpu = False", "pass", "quantize"),
+    ("devices.py", "            move(module, home)", "            pass", "devices"),
+    ("compiling.py", "config.fail_on_recompile_limit_hit = True", "pass", "compiling"),
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "dmd2"),
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "vsd"),

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from worlds import FLOW, SHIFTED, VP
 
 from stepdistill.diffusion import read
+from stepdistill.errors import UserError
 from stepdistill.families import SD, SD3
 from stepdistill.roles import Denoiser, build_roles, enable_checkpointing, wearing, worn
 from stepdistill.strategies.shared import INSIDE
@@ -108,6 +109,14 @@ def test_checkpointing_replays_the_role_that_was_worn(family, cond, precision):
     assert worn(family.net) is None
     family.net.enable_gradient_checkpointing()
     assert not all(torch.allclose(a, b, rtol=0.1) for a, b in zip(plain, gradients(), strict=True))
+
+
+def test_a_network_without_checkpointing_is_refused(family, monkeypatch):
+    monkeypatch.setattr(type(family.net), "_supports_gradient_checkpointing", False)
+    with pytest.raises(
+        UserError, match=r"train.checkpointing true: diffusers' \w+ cannot recompute its blocks; set it to false"
+    ):
+        enable_checkpointing(family.net)
 
 
 def test_a_checkpointed_graph_can_be_walked_twice(family, cond):
