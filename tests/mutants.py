@@ -7,6 +7,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("families/quantize.py", "module.support_avx512bf16_for_cpu = False", "pass", "quantize"),
     ("devices.py", "            move(module, home)", "            pass", "devices"),
     ("compiling.py", "config.fail_on_recompile_limit_hit = True", "pass", "compiling"),
+    ("sections.py", "family.guidance_distilled is not True", "not family.guidance_distilled", "flux"),
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "losses"),
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "dmd2"),
     ("losses.py", "return 0.5 * F.mse_loss(x, (x - grad)", "return F.mse_loss(x, (x - grad)", "vsd"),

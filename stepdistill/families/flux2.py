@@ -83,11 +83,10 @@ class Flux2(Packed, Family):
 
 class Flux2Klein(Flux2):
     pipeline = "Flux2KleinPipeline"
-    guidance_distilled = False  # of those that say so, it is
 
-    def __init__(self, pipe: Any, size: tuple[int, int] | None = None, frames: int | None = None):
-        super().__init__(pipe, size, frames)
-        self.guidance_distilled = pipe.config.is_distilled
+    @property
+    def guidance_distilled(self) -> bool:
+        return bool(self.pipe.config.is_distilled)
 
     def unpacked(self, made: Tensor) -> Tensor:
         return self.normalized(made)  # its pipeline returns them as its autoencoder is fed
