@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .architectures import known
 from .errors import UserError
 from .sources import embedded_models, suggestion
 
@@ -94,12 +95,16 @@ def families() -> dict[str, str]:
 
 
 def models() -> dict[str, str]:
-    """Embedded teachers, each with its pipeline class and its size on disk."""
+    """Embedded teachers, with pipeline class and size on disk; known models of the hub, with the size of what is distilled."""
     found = {}
     for name, folder in embedded_models().items():
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
         found[name] = f"{kind}, {size:.1f} MB"
+    for a in known().values():
+        size = sum(part.parameters for part in a.denoisers.values()) / 1e9
+        gated = ", gated" * a.gated
+        found[a.hub[0]] = f"{size:.1f} B, {2 * a.parameters / 1e9:.0f} GB to download in 16 bits; {a.licence}{gated}"
     return found
 
 

@@ -16,6 +16,7 @@ from .assemble import AVERAGE, Distillation, trained
 from .batch import Batch
 from .costs import HOST, Costs, StandinFamily, noted, standin_roles
 from .data.build import read_prompts
+from .devices import tiled
 from .errors import UserError
 from .families import FAMILIES, Family
 from .families.load import check_size
@@ -259,7 +260,8 @@ def decoding(family: Family, rows: int, live: LiveBytes) -> int:
     live.hold(family.pipe.vae.parameters())
     live.lap()
     before = live.now
-    family.decode(latents)
+    with tiled(family.pipe.vae, family.size):
+        family.decode(latents)
     return live.lap() - before
 
 

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .architectures import find
+
 TINY = Path(__file__).parent / "tiny"  # the embedded world: teachers are folders of it
 EMBEDDED = "stepdistill/"
 EMBEDDED_DATA = "stepdistill/tiny"
@@ -56,7 +58,10 @@ def suggestion(word: str, known: Collection[str]) -> str:
 
 
 def pipeline_class(source: str) -> str | None:
-    """The pipeline that an embedded model or a folder holds; None where that cannot be told from here, as of a hub id."""
+    """The pipeline that an embedded model, a folder or a known hub id holds; None where that cannot be told from here."""
+    if is_hub_id(source):
+        architecture = find(source)
+        return architecture and architecture.pipeline
     try:
         index = json.loads((embedded_models().get(source, Path(source)) / "model_index.json").read_text(encoding="utf-8"))
         return index["_class_name"]

@@ -10,10 +10,11 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import DiffusionPipeline
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from ..errors import UserError
 from ..lora_sources import LoraSource
-from ..sources import embedded_models
+from ..sources import embedded_models, is_hub_id
 from . import FAMILIES
 from .base import Family
 from .loras import fuse_loras
@@ -31,11 +32,11 @@ def load_pipeline_folder(
     """A stock pipeline in evaluation mode, from safetensors files only; quantize: its network, to int8 or nf4.
 
     Raises:
-        UserError: the package that quantizes is not installed.
+        UserError: the package that quantizes is not installed, or the hub does not give the model.
     """
     options = {"quantization_config": quantization(quantize, dtype)} if quantize else {}
     folder = embedded_models().get(source, source)
-    with quiet(), without_gpu():
+    with quiet(), without_gpu(), told(source):
         pipe = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **options
         )
@@ -43,6 +44,27 @@ def load_pipeline_folder(
         keep_gradients(net)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def told(source: str) -> Iterator[None]:
+    """Raise what a hub says of a model that it does not give as a UserError with the remedy."""
+    try:
+        yield
+    except OSError as error:  # of requests, of huggingface_hub, and what diffusers makes of them
+        if not is_hub_id(source):
+            raise
+        whole = " ".join(f"{type(e).__name__} {e}" for e in (error, error.__cause__, error.__context__) if e)
+        if "Gated" in whole or "401" in whole or "403" in whole:
+            remedy = f"accept the licence at https://huggingface.co/{source} and log in once: hf auth login"
+            raise UserError(f"model.source {source}: the hub gives it only to who accepted its licence; {remedy}") from None
+        if HF_HUB_OFFLINE or "offline" in whole.lower() or "Connection" in whole:
+            remedy = "go online (unset HF_HUB_OFFLINE), or give the folder of a copy"
+            raise UserError(
+                f"model.source {source}: there is no complete copy here, and the hub is out of reach; {remedy}"
+            ) from None
+        remedy = "mend the id, model.revision or model.variant, log in if it is private (hf auth login), or give a folder"
+        raise UserError(f"model.source {source}: the hub has no such pipeline, or not for you; {remedy}") from None
 
 
 @contextmanager
