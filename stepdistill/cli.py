@@ -6,6 +6,7 @@ Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverge
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -18,7 +19,10 @@ from .errors import Diverged, UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A wrong command line itself leaves through SystemExit(2)."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for a torchvision that nobody here needs
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # else they ask for a torchvision that nobody here needs, and the like
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for chatter in ("torchao", "torch.utils._pytree"):  # what torchao says of GPUs that are not there, whoever imports it
+        logging.getLogger(chatter).setLevel(logging.ERROR)
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):

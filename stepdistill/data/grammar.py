@@ -12,23 +12,7 @@ FILE = Path(__file__).with_name("grammar.txt")
 SEED = 6
 WORDS = range(3, 41)  # numbers of words that a prompt may have
 AN = re.compile(r"\ba(?= (?!uni|use|uk|eu|one\b)[aeiou])", re.IGNORECASE)  # where "a" becomes "an"
-SMALL = {
-    "a",
-    "an",
-    "the",
-    "of",
-    "to",
-    "in",
-    "on",
-    "at",
-    "with",
-    "and",
-    "from",
-    "into",
-    "over",
-    "under",
-    "that",
-}  # words that may come again
+SMALL = frozenset("a an the of to in on at with and from into over under that".split())  # words that may come again
 
 
 def sentences() -> Iterator[str]:
