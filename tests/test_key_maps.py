@@ -6,7 +6,8 @@ import torch
 from stepdistill.architectures import known
 from stepdistill.families import FAMILIES
 from stepdistill.key_maps import KEYS, expand, find_layers, pack, read_map, role_weights
-from stepdistill.lora_files import kohya_state, peft_state
+from stepdistill.kohya import kohya_state
+from stepdistill.lora_files import peft_state
 
 MODELS = [name for name, a in known().items() if a.pipeline in FAMILIES]
 QUICK = ["sd15", "flux2-klein-4b", "wan21-1.3b"]
