@@ -28,7 +28,7 @@ DOORS = {  # third-party package: the rooms that may import it
     "diffusers": {"families", "samplers", "evaluate", "export", "inference", "serve", "meta", *MAKERS},
     "transformers": {"families", "evaluate", "meta", *MAKERS},
     "tensorboard": {"show"},
-    "huggingface_hub": {"push"},
+    "huggingface_hub": {"push", "families"},
     "wandb": {"show"},
     "stepdistill_kernels": {"attention"},
     "triton": set(),  # kernels/ only
