@@ -97,14 +97,14 @@ def plan_of(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], 
     """The plan for a family on the meta device, while `live` is on. prompt: shapes of one encoded prompt."""
     costs, net = open_costs(recipe, family, prompt, live)
     size = sum(p.numel() for p in costs.student.parameters())
-    base = weigh(net, getattr(recipe.model, "quantize", None)) - 4 * size * (recipe.lora is not None)
+    base = weigh(net, recipe.model.quantize) - 4 * size * (recipe.lora is not None)
     tried = try_out(recipe, costs, size)
     others = {
         "text encoders": sum(weigh(m) for n, m in modules(family) if n.startswith("text_encoder")),
         "autoencoder": sum(weigh(m) for n, m in modules(family) if n == "vae"),
     }
     decode = decoding(family, recipe.eval.batch, live)
-    optimizer = getattr(recipe.optim, "optimizer", "adamw")
+    optimizer = recipe.optim.optimizer
     count = len(read_prompts(recipe.data.prompts, recipe.data.count))
     row = sum(x.numel() * x.element_size() for x in costs.cond.values())
     disk = {"text embeddings": count * row}
@@ -225,8 +225,7 @@ def try_out(recipe: Recipe, costs: Costs, size: int) -> Tried:
 
 def plain_optimizer(recipe: Recipe) -> Any:
     """AdamW of PyTorch, whose state is as many numbers as that of its 8-bit copies."""
-    optim = recipe.optim
-    return dataclasses.replace(optim, optimizer="adamw") if hasattr(optim, "optimizer") else optim
+    return dataclasses.replace(recipe.optim, optimizer="adamw")
 
 
 def stage_lengths(strategy: Any, steps: int) -> list[tuple[int, int]]:
@@ -282,9 +281,9 @@ def options(plan: Plan, costs: Costs) -> list[tuple[str, int]]:
         found.append(("eval.batch=1", plan.decode - plan.decode // recipe.eval.batch))
     if recipe.model.dtype == "float32":
         found.append(("model.dtype=bfloat16 train.precision=bf16", plan.base // 2))
-    if MOMENTS[getattr(recipe.optim, "optimizer", "adamw")] == 8:
+    if MOMENTS[recipe.optim.optimizer] == 8:
         found.append(("optim.optimizer=adamw8bit", round(plan.optimizer * (1 - MOMENTS["adamw8bit"] / 8))))
-    if recipe.lora and not getattr(recipe.model, "quantize", None):
+    if recipe.lora and not recipe.model.quantize:
         net = costs.family.net
         with_lora = 4 * plan.size
         found += [(f"model.quantize={kind}", plan.base - weigh(net, kind) + with_lora) for kind in WEIGHT]

@@ -40,14 +40,14 @@ def heading(plan: Plan) -> Iterator[str]:
 
 def memory(plan: Plan) -> Iterator[str]:
     recipe, optim = plan.recipe, plan.recipe.optim
-    quantize = getattr(recipe.model, "quantize", None)
+    quantize = recipe.model.quantize
     how = f"{recipe.model.dtype}, {quantize}" if quantize else recipe.model.dtype
     who = ", ".join(plan.roles)
     kind = f"rank {recipe.lora.rank}, float32" if recipe.lora else "whole copies, float32"
     rows = [
         ("base network", f"{plan.parameters / 1e6:,.0f} M, {how}", plan.base),
         ("what learns", f"{who}: {plan.size / 1e6:,.0f} M each, {kind}", plan.adapters),
-        ("optimizer", f"{getattr(optim, 'optimizer', 'adamw')}", plan.optimizer),
+        ("optimizer", optim.optimizer, plan.optimizer),
         ("gradients", "float32", plan.gradients),
     ]
     rows += [("discriminator", "", plan.heads)] if plan.heads else []

@@ -12,7 +12,9 @@ FILE = Path(__file__).with_name("grammar.txt")
 SEED = 6
 WORDS = range(3, 41)  # numbers of words that a prompt may have
 AN = re.compile(r"\ba(?= (?!uni|use|uk|eu|one\b)[aeiou])", re.IGNORECASE)  # where "a" becomes "an"
-SMALL = frozenset("a an the of to in on at with and from into over under that".split())  # words that may come again
+SMALL = {  # words that may come again
+    "a", "an", "the", "of", "to", "in", "on", "at", "with", "and", "from", "into", "over", "under", "that",
+}  # fmt: skip
 
 
 def sentences() -> Iterator[str]:
