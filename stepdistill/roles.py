@@ -283,3 +283,12 @@ def wear_lora(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
     rank = weights[f"{layers[0]}.lora_A.weight"].shape[0]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), net)
     set_peft_model_state_dict(net, dict(weights))
+
+
+def fold_lora(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Add a LoRA to the weights of a network, which afterwards is one without."""
+    wear_lora(net, weights)
+    worn = set(lora_layers(net))
+    for name, layer in [(name, m) for name, m in net.named_modules() if m in worn]:
+        layer.merge()
+        net.set_submodule(name, layer.get_base_layer())

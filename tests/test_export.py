@@ -111,6 +111,15 @@ def test_a_fused_folder_is_told_its_time_too(made, tmp_path):
     assert "checked: fused, in stock diffusers" in write_export(made["boot-eps"][0], tmp_path / "e", ("fused",))
 
 
+def test_a_pipeline_that_knows_no_loras_is_fused(made, tmp_path):
+    distillation = made["dmd2-pixart"][0]
+    write_export(distillation, tmp_path / "e", ("fused",))
+    names = load_file(tmp_path / "e/fused/transformer/diffusion_pytorch_model.safetensors").keys()
+    assert (
+        names == distillation.family.pipe.transformer.__class__.from_config(distillation.family.net.config).state_dict().keys()
+    )
+
+
 @pytest.mark.parametrize("case", ["lcm-eps", "lcm-flow"])
 def test_other_numbers_of_steps(made, case):
     distillation, out = made[case]

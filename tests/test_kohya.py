@@ -13,9 +13,9 @@ from diffusers.loaders import lora_conversion_utils, lora_pipeline
 from safetensors.torch import load_file, save_file
 from students import student
 
-from stepdistill import export
 from stepdistill.errors import UserError
 from stepdistill.export import ExportMismatch, check_export, write_export
+from stepdistill.export_files import no_place
 from stepdistill.families import flux
 from stepdistill.families.flux import Flux
 from stepdistill.families.sd import SD
@@ -182,4 +182,4 @@ def test_layers_that_kohyas_files_cannot_hold_are_named(made, monkeypatch, tmp_p
     monkeypatch.setattr(Flux, "kohya_layers", flux_layers(2, 1))
     with pytest.raises(UserError, match=r"have no place for single_transformer_blocks\.1\.attn\.to_k"):
         write_export(made["dmd2-flux-renoising"][0], tmp_path / "e", ("kohya",))
-    assert export.no_place(made["lcm-eps"][0]) == ""
+    assert no_place(made["lcm-eps"][0]) == ""

@@ -6,7 +6,7 @@ import json
 import pytest
 from students import student
 
-from stepdistill.export import names
+from stepdistill.export_files import names
 from stepdistill.families import flux
 from stepdistill.inference import serving
 from stepdistill.workflow import workflow
