@@ -160,7 +160,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
             if set(wearers(family, distillation.inference(n))) <= set(worn):
                 samplers[n] = _sampler(distillation, n)
     samplers[len(how.hops)] = _sampler(distillation, steps)
-    if recipe.lora is None or not family.elsewhere:  # those programs load LoRA files
+    if recipe.lora is None:  # those programs load LoRA files
         samplers = {n: dataclasses.replace(sampler, comfyui=None, a1111=None) for n, sampler in samplers.items()}
     source = recipe.model.source
     folder = source not in embedded_models() and Path(source).is_dir()

@@ -63,7 +63,7 @@ def find_sampler(
     config: of the teacher's own scheduler, whose noise table (if it has one) the result copies.
     passes_sigmas: the pipeline hands its scheduler the sigmas 1 - k/n itself, see `Family`.
     takes: which of LISTS the pipeline has as arguments.
-    shifter: ComfyUI's node that shifts the times of its flow models, one of SHIFTERS; None: not known.
+    shifter: ComfyUI's node that shifts a flow model's times, one of SHIFTERS; None: ComfyUI is not known to sample it.
 
     Raises:
         ValueError: a stock pipeline cannot do what `how` says; the message says why.
@@ -85,9 +85,8 @@ def find_sampler(
             full = {k: v for k, v in sampler.build().config.items() if not k.startswith("_")}
             students = tuple(hop.role for hop in how.hops)
             students = students if len(set(students)) > 1 else students[:1]
-            # those programs tell a network its sampler's own times; SCMScheduler's are angles
-            other = how.told is not None or sampler.scheduler == SCM
-            words = {} if other else elsewhere(schedule, kind, how, shifter)
+            unknown = shifter is None or how.told is not None  # those programs tell a network its sampler's own times
+            words = {} if unknown else elsewhere(schedule, kind, how, shifter)
             return Sampler(sampler.scheduler, full, sampler.call, students, **words)
         tried.append(f"{sampler.scheduler} is off by {off:.1g}")
     times = ", ".join(f"{hop.time:.4g}" for hop in how.hops)
@@ -261,7 +260,7 @@ def turned(scheduler: diffusers.SCMScheduler, schedule: Schedule, x: Tensor, tim
 SHIFTERS = {"ModelSamplingSD3": 1000, "ModelSamplingFlux": 10000}  # ComfyUI's node: entries of its table of times
 
 
-def elsewhere(schedule: Schedule, kind: Kind, how: Inference, shifter: str | None) -> dict[str, dict[str, Any]]:
+def elsewhere(schedule: Schedule, kind: Kind, how: Inference, shifter: str) -> dict[str, dict[str, Any]]:
     """What to choose in ComfyUI and A1111 to load a LoRA with, where their `simple` grid is exactly ours.
 
     ComfyUI's takes entry 999 - int(k 1000 / n) of 1000 for k = 0, 1, ... (comfy/samplers.py), FLUX.1's of 10000, whose node
@@ -278,7 +277,7 @@ def elsewhere(schedule: Schedule, kind: Kind, how: Inference, shifter: str | Non
         comfyui |= {role: f"steps {k} to {k + roles.count(role)}" for role, k in first.items()}
     if isinstance(schedule, RectifiedFlow):
         simple = schedule.warp(torch.tensor([(entry + 1) / size for entry in entries], dtype=torch.float64)).tolist()
-        if shifter is None or not near(simple, times):
+        if not near(simple, times):
             return {}
         if shifter == "ModelSamplingFlux":
             log = round(math.log(schedule.shift), 6)

@@ -26,10 +26,10 @@ class Family(ABC):
     net_name: ClassVar[str] = "transformer"  # attribute of the pipeline that is distilled; also the LoRA key prefix
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     kohya_prefix: ClassVar[str | None] = None  # of modules in kohya's LoRA files; None: the family has no such file
-    comfyui_shifter: ClassVar[str | None] = None  # ComfyUI's node that shifts the times of this flow model; None: not known
+    # ComfyUI's node that shifts this flow model's times, "" for those of a table; None: ComfyUI is not known to sample it
+    comfyui_shifter: ClassVar[str | None] = None
     sampler_guidance: ClassVar[float] = 1.0  # the pipeline's guidance_scale that means "no classifier-free guidance"
     guidance_distilled: ClassVar[bool] = False  # there is no unconditional prediction, so no guidance but scale 1
-    elsewhere: ClassVar[bool] = False  # ComfyUI or A1111 are known to sample it, see `samplers.elsewhere`
     rising: ClassVar[bool] = False  # the network's own time rises as noise falls
     frames: int | None = None  # of a video, [B, 3, frames, H, W] in pixels; None: pictures. The default of the pipeline
     fps: float | None = None  # frames a second of its videos

@@ -21,7 +21,6 @@ class SD3(Family):
     with a stock pipeline that was loaded anew)."""
 
     pipeline = "StableDiffusion3Pipeline"
-    elsewhere = True
     comfyui_shifter = "ModelSamplingSD3"
     lora_targets = (  # with the layers that a time modulates, as in LCM-LoRA's of a UNet: a student is asked at few times
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -11,7 +11,7 @@ class UNet:
     """To be mixed into a `Family`."""
 
     net_name = "unet"
-    elsewhere = True
+    comfyui_shifter = ""
     kohya_prefix = "lora_unet_"
     lora_targets = (  # those of LCM-LoRA, arXiv:2311.05556
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),

@@ -21,7 +21,6 @@ class Wan(Video, Family):
     """
 
     pipeline = "WanPipeline"
-    comfyui_shifter = "ModelSamplingSD3"
     frames = 81  # 5 seconds
     lora_targets = (*Family.lora_targets, "ffn.net.0.proj", "ffn.net.2", "time_proj", "proj_out")
 
