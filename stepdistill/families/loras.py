@@ -38,6 +38,11 @@ def load_whole(pipe: Any, lora: LoraSource, adapter: str = PROBE) -> list[str]:
     kind = type(pipe).__name__
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"{lora}: diffusers' {kind} loads no LoRAs; leave model.loras out, or give a model it is fused into")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise UserError(
+            f"{lora}: this {kind} has two experts, and diffusers puts a LoRA on the first alone; fuse it into both "
+            f"(load_into_transformer_2=True), save the pipeline, and give that as model.source"
+        )
     try:
         state = read_lora(pipe, lora)
         pipe.load_lora_weights(lora.place, weight_name=lora.file, adapter_name=adapter, use_safetensors=True)

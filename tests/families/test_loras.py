@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from loras import deltas, save, style
-from pipelines import flux, sd, sdxl
+from pipelines import flux, sd, sdxl, wan
 from students import noise, student
 
 from stepdistill.errors import UserError
@@ -94,6 +94,11 @@ def styled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("styled")
     file = save(style(sd().unet), folder / "style.safetensors")
     return student(folder, "eps", f"model.loras=[{file}@0.5]"), file
+
+
+def test_two_experts_are_not_given_half_a_lora():
+    with pytest.raises(UserError, match="has two experts, and diffusers puts a LoRA on the first alone"):
+        fuse_loras(wan(boundary_ratio=0.875), [find_lora("org/name")])
 
 
 def test_a_student_over_a_lora_is_exported_in_every_format(styled, tmp_path):
