@@ -13,7 +13,7 @@ quickstart: .venv/ready
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -q -n 2 -m "not long"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
 
 test-long: export HF_HUB_OFFLINE := 1
 test-long: export OMP_NUM_THREADS := 1

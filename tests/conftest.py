@@ -24,14 +24,18 @@ torch.set_num_threads(1)  # the nets here are tiny: threads would wait for each 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """Case of students.CASES -> distillation, export folder."""
-    found = {}
-    for case, (teacher, strategy, overrides) in CASES.items():
-        folder = tmp_path_factory.mktemp(case)
-        distillation = student(folder, teacher, *overrides, strategy=strategy)
-        write_export(distillation, folder / "run" / "export", None if case in ("lcm-eps", "lcm-sdxl") else ("diffusers",))
-        found[case] = distillation, folder / "run" / "export"
-    return found
+    """Case of students.CASES -> distillation, export folder; each is made when it is first asked for."""
+
+    class Made(dict):
+        def __missing__(self, case):
+            teacher, strategy, overrides = CASES[case]
+            folder = tmp_path_factory.mktemp(case)
+            distillation, out = student(folder, teacher, *overrides, strategy=strategy), folder / "run" / "export"
+            write_export(distillation, out, None if case in ("lcm-eps", "lcm-sdxl") else ("diffusers",))
+            self[case] = distillation, out
+            return self[case]
+
+    return Made()
 
 
 def exported(folder, teacher, strategy):
