@@ -68,6 +68,6 @@ def fused(
     bias = None
     if attn_mask is not None:
         size = (len(q), q.shape[1], q.shape[2], k.shape[2])
-        bias = q.new_empty(()).expand(size) if attn_mask.dtype is torch.bool else attn_mask.to(q.dtype).expand(size)
+        bias = q.new_empty(()).expand(size) if attn_mask.dtype is torch.bool else attn_mask.to(q.device, q.dtype).expand(size)
     out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal, scale=scale)[0]
     return out.reshape(*shape[:-1], value.shape[-1])

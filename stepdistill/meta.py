@@ -1,8 +1,11 @@
-"""Pipelines without weights: real architectures on the meta device, where a tensor has a shape and no memory."""
+"""Pipelines without weights: architectures of known models and of folders on the meta device, where a tensor has a shape and
+no memory."""
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -37,3 +40,34 @@ def build_pipeline(architecture: Architecture, dtype: torch.dtype = torch.float3
         parts = {name: build_part(part, dtype) for name, part in architecture.parts.items()}
         wanted = set(kind._get_signature_keys(kind)[0])
         return kind(**{name: None for name in wanted - parts.keys()}, **parts, **architecture.config)
+
+
+def open_folder(folder: Path, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
+    """The pipeline of a folder by its own configs, on the meta device, with its tokenizers; no weights are read.
+
+    Raises:
+        OSError, ValueError: a config is missing or damaged.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    kind = getattr(diffusers, index["_class_name"])
+    parts = {name: value for name, value in index.items() if not name.startswith("_")}
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in parts.items():
+            if isinstance(value, list):
+                parts[name] = value[1] and read_part(folder / name, *value, dtype)
+        return kind(**parts)
+
+
+def read_part(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
+    """One part of such a pipeline: a model on the meta device, or a scheduler or tokenizer as it is."""
+    kind = getattr(transformers if library == "transformers" else diffusers, name)
+    if issubclass(kind, transformers.PreTrainedModel):
+        with torch.device(HOST):
+            made = kind(kind.config_class.from_pretrained(folder))
+    elif issubclass(kind, diffusers.ModelMixin):
+        with torch.device(HOST):
+            made = kind.from_config(kind.load_config(folder))
+    else:
+        return kind.from_pretrained(folder)
+    return made.to(dtype).eval().requires_grad_(False)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .architectures import find
+from .architectures import find, known
 from .assemble import AVERAGE, Distillation, trained
-from .batch import Batch
+from .batch import Batch, Draw
 from .costs import HOST, Costs, StandinFamily, noted, standin_roles
 from .data.build import read_prompts
 from .devices import tiled
@@ -21,13 +23,16 @@ from .errors import UserError
 from .families import FAMILIES, Family
 from .families.load import check_size
 from .live_bytes import LiveBytes
-from .meta import build_pipeline
+from .meta import build_pipeline, open_folder
 from .recipe import Recipe
 from .roles import build_roles, enable_checkpointing
+from .sources import embedded_models, is_hub_id
 from .trainer import Trainer
 
 CONTEXT, SLACK = 1e9, 0.10  # assumed: bytes of the CUDA context, and the share that allocator and workspaces add
-ITERATIONS = 20  # that are tried with stand-ins, which average a strategy's cadence and its random steps
+ITERATIONS = 20  # that are tried with stand-ins: every part of a strategy's cadence is among them
+COUNTED = 60  # whose evaluations are averaged
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 fill [0, 1) evenly
 WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes of a quantised weight; nf4 has a float32 scale for each 64
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes of optimizer state for each number that learns
 
@@ -48,7 +53,9 @@ class Plan:
     gradients: int
     others: dict[str, int]  # text encoders, autoencoder
     players: dict[str, int]  # activations and all else that comes and goes in each player's part
-    decode: int  # of eval.batch pictures
+    sampling: int  # what comes and goes while the guided teacher samples eval.batch pictures
+    decode: int  # and while they are decoded
+    decodes: bool  # the strategy decodes while it trains, so that the autoencoder stays
     evaluations: dict[tuple[str, str], float]  # (role, forward or backward) -> samples an iteration
     flops: float
     disk: dict[str, int]
@@ -63,10 +70,11 @@ class Plan:
     @property
     def phases(self) -> dict[str, int]:
         """The most bytes in each phase, without assumptions."""
-        found = {"encoding": self.base + sum(self.others.values())}
+        autoencoder = self.others.get("autoencoder", 0)
+        found = {"encoding": self.base + self.adapters + self.heads + sum(self.others.values())}
         for who, size in self.players.items():
-            found[f"{who}'s step"] = self.resident + self.gradients + size
-        found["validation"] = self.resident + self.others.get("autoencoder", 0) + self.decode
+            found[f"{who}'s step"] = self.resident + self.gradients + size + autoencoder * self.decodes
+        found["validation"] = self.resident + max(self.sampling, autoencoder + self.decode)
         return found
 
     @property
@@ -81,13 +89,12 @@ class Plan:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Measure a recipe of a known model without its weights.
+    """Measure a recipe of a folder or of a known model without its weights.
 
     Raises:
-        UserError: the model is not one that is known.
+        UserError: the model is not one that is known, or its folder lacks a config.
     """
-    live = LiveBytes()
-    with live:
+    with LiveBytes() as live:
         family, prompt = open_family(recipe)
         check_size(family)
         return plan_of(recipe, family, prompt, live)
@@ -99,10 +106,7 @@ def plan_of(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], 
     size = sum(p.numel() for p in costs.student.parameters())
     base = weigh(net, recipe.model.quantize) - 4 * size * (recipe.lora is not None)
     tried = try_out(recipe, costs, size)
-    others = {
-        "text encoders": sum(weigh(m) for n, m in modules(family) if n.startswith("text_encoder")),
-        "autoencoder": sum(weigh(m) for n, m in modules(family) if n == "vae"),
-    }
+    others = {"text encoders": sum(map(weigh, family.encoders)), "autoencoder": weigh(family.pipe.vae)}
     decode = decoding(family, recipe.eval.batch, live)
     optimizer = recipe.optim.optimizer
     count = len(read_prompts(recipe.data.prompts, recipe.data.count))
@@ -123,7 +127,9 @@ def plan_of(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], 
         gradients=4 * tried.learning,
         others={name: size for name, size in others.items() if size},
         players=tried.players,
+        sampling=costs(2 * recipe.eval.batch, False).forward,
         decode=decode,
+        decodes=recipe.strategy.decodes,
         evaluations=tried.evaluations,
         flops=tried.flops,
         disk=disk,
@@ -132,19 +138,35 @@ def plan_of(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], 
     return dataclasses.replace(plan, options=options(plan, costs))
 
 
-def modules(family: Family) -> list[tuple[str, nn.Module]]:
-    """The pipeline's models by name."""
-    return [(name, m) for name, m in family.pipe.components.items() if isinstance(m, nn.Module)]
-
-
 def open_family(recipe: Recipe) -> tuple[Family, dict[str, tuple[int, ...]]]:
-    """The family of a known model without its weights, and the shapes of an encoded prompt."""
-    source = recipe.model.source
-    architecture = find(source)
-    if architecture is None or architecture.pipeline not in FAMILIES:
-        raise UserError(f"model.source {source}: its architecture is not known here; see: stepdistill ls models")
-    pipe = build_pipeline(architecture, getattr(torch, recipe.model.dtype))
-    return FAMILIES[architecture.pipeline](pipe, recipe.data.size, recipe.data.frames), architecture.prompt
+    """The family of a model without its weights, and the shapes of an encoded prompt."""
+    source, dtype = recipe.model.source, getattr(torch, recipe.model.dtype)
+    if is_hub_id(source):
+        architecture = find(source)
+        if architecture is None or architecture.pipeline not in FAMILIES:
+            remedy = "give a folder with its configs; those that are known: stepdistill ls models"
+            raise UserError(f"model.source {source}: its architecture is not known here; {remedy}")
+        pipe = build_pipeline(architecture, dtype)
+        return FAMILIES[architecture.pipeline](pipe, recipe.data.size, recipe.data.frames), architecture.prompt
+    try:
+        pipe = open_folder(embedded_models().get(source, Path(source)), dtype)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"model.source {source}: its configs cannot be read ({error}); save the pipeline anew") from None
+    if type(pipe).__name__ not in FAMILIES:
+        raise UserError(f"model.source {source}: no family is written for a {type(pipe).__name__}, so it cannot be planned")
+    family = FAMILIES[type(pipe).__name__](pipe, recipe.data.size, recipe.data.frames)
+    return family, prompt_shapes(family)
+
+
+def prompt_shapes(family: Family) -> dict[str, tuple[int, ...]]:
+    """What a prompt is encoded to; where that takes numbers, as for the known models of this pipeline."""
+    try:
+        return {name: tuple(x.shape[1:]) for name, x in family.encode_prompts(["a prompt"]).items()}
+    except (RuntimeError, NotImplementedError) as error:
+        same = [one.prompt for one in known().values() if one.pipeline == family.pipeline]
+        if not same:
+            raise UserError(f"no {family.pipeline} is known, and its prompts cannot be encoded without weights") from error
+        return same[0]
 
 
 def open_costs(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], live: LiveBytes) -> tuple[Costs, nn.Module]:
@@ -155,9 +177,16 @@ def open_costs(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]
     if train.checkpointing:
         enable_checkpointing(net)
     dtype = getattr(torch, recipe.model.dtype)
-    cond = {name: torch.empty(1, *shape, dtype=dtype, device=HOST) for name, shape in prompt.items()}
+    cond = {name: encoded(name, shape, dtype) for name, shape in prompt.items()}
     precision = torch.bfloat16 if train.precision == "bf16" else None
     return Costs(family, roles.student, cond, live, precision), net
+
+
+def encoded(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One row of a prompt without numbers; a mask has them, for a network may count its tokens: all of them."""
+    if name == "mask":
+        return torch.ones(1, *shape, dtype=torch.bool)
+    return torch.empty(1, *shape, dtype=dtype, device=HOST)
 
 
 def weigh(module: nn.Module, quantize: str | None = None) -> int:
@@ -201,22 +230,27 @@ def try_out(recipe: Recipe, costs: Costs, size: int) -> Tried:
         train=dataclasses.replace(train, checkpointing=False, accumulate=parts, ema=train.ema),
         optim=plain_optimizer(recipe),
     )
-    trainer = Trainer(
-        Distillation(plain, family, strategy, roles), Meta(costs, strategy.needs, train.batch // train.accumulate)
-    )
+    data = Meta(costs, strategy.needs, train.batch // train.accumulate)
+    trainer = Trainer(Distillation(plain, family, strategy, roles), data)
     live.hold(p for role in roles.values() for p in role.parameters())
     peaks: dict[str, int] = {}
     stages, learning, start = stage_lengths(strategy, train.steps), 0, live.now
     evaluations: Counter[tuple[str, str]] = Counter()
-    with noted(strategy, live, peaks):
-        for first, length in stages:
-            trainer.at, done = first, min(length, max(1, ITERATIONS // len(stages)))
-            family.counts.clear()
-            for _ in range(done):
+    for first, length in stages:
+        trainer.at = first
+        with noted(strategy, live, peaks):
+            for _ in range(min(length, max(1, ITERATIONS // len(stages)))):
                 trainer.step()
-            weight = length / train.steps / done * train.accumulate / parts
-            evaluations.update({key: n * weight for key, n in family.counts.items()})
-            learning = max(learning, sum(p.numel() for params in trainer.params.values() for p in params))
+        learning = max(learning, sum(p.numel() for params in trainer.params.values() for p in params))
+        done = min(length, max(1, COUNTED // len(stages)))
+        family.counts.clear()
+        for step in range(first, first + done):
+            for _, loss, _ in strategy.losses(roles, data(step, 0)[0], Even(train.seed, step, range(data.rows), HOST)):
+                loss.backward()
+            for optimizer in trainer.optimizers.values():
+                optimizer.zero_grad()
+        weight = length / train.steps / done * train.accumulate
+        evaluations.update({key: n * weight for key, n in family.counts.items()})
     state = sum(x.numel() * x.element_size() for _, x in trainer.moments())
     flops = evaluations.pop(("flops", "forward"), 0) + evaluations.pop(("flops", "backward"), 0)
     fixed = start + state + 4 * learning
@@ -245,11 +279,24 @@ class Meta:
 
     def __call__(self, step: int, part: int) -> tuple[Batch, range]:
         family, rows = self.costs.family, self.rows
-        cond = {name: x.expand(rows, *x.shape[1:]) for name, x in self.costs.cond.items()}
+        cond = {name: x.to(HOST).expand(rows, *x.shape[1:]) for name, x in self.costs.cond.items()}
         noise = torch.empty(rows, *family.shape, device=HOST)
         x0 = torch.empty_like(noise) if self.needs & {"x0", "pairs"} else None
         null = None if family.guidance_distilled else cond
         return Batch(noise, cond, null, x0, ("",) * rows), range(part * rows, (part + 1) * rows)
+
+
+class Even(Draw):
+    """Choices spread evenly over the iterations, so that few of them give the average; noise that is only a shape."""
+
+    calls = 0
+
+    def choice(self, n: int) -> int:
+        self.calls += 1
+        return int((self.step * GOLDEN + self.calls * math.sqrt(2)) % 1 * n)
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like, device=HOST)
 
 
 @torch.no_grad()
