@@ -11,6 +11,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, as in conftest.py
 
 import importlib
+import multiprocessing
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa:
 from kernel_mutants import MUTATIONS as OF_KERNELS
 from mutants import MUTATIONS as OF_THE_REST
 
+PROCESSES = 2
 REPO = Path(__file__).resolve().parent.parent
 MUTATIONS = OF_THE_REST + OF_KERNELS
 FOLDERS = {"stepdistill": "stepdistill", "stepdistill_kernels": "kernels", "tests": "tests"}  # as imported: where it is
@@ -65,19 +67,24 @@ def survives(file: str, old: str, new: str, tests: str, root: Path) -> str:
     return f"{tests} {'passes' if status == 0 else f'could not run ({status})'} with {new!r} for {old!r}: {last}"
 
 
+def tried(k: int) -> tuple[int, str]:
+    """A mutation's number, and why it was not noticed, or nothing."""
+    file, old, new, name = MUTATIONS[k]
+    with tempfile.TemporaryDirectory() as root:
+        return k, survives(file, old, new, oracle(name), Path(root))
+
+
 def main(chosen: list[int]) -> int:
     torch.set_num_threads(1)
-    began, alive = time.monotonic(), 0
-    for k in chosen or range(len(MUTATIONS)):
-        with tempfile.TemporaryDirectory() as root:
-            file, old, new, name = MUTATIONS[k]
-            why = survives(file, old, new, oracle(name), Path(root))
-        alive += bool(why)
-        if why:
-            print(f"{k}: {MUTATIONS[k][0]}: {why}", flush=True)
-        elif (k + 1) % 20 == 0:
-            print(f"{k + 1}/{len(MUTATIONS)} mutations, {alive} not noticed, {time.monotonic() - began:.0f} s", flush=True)
-    print(f"{len(chosen or MUTATIONS)} mutations, {alive} not noticed, {time.monotonic() - began:.0f} s")
+    chosen, began, alive = chosen or list(range(len(MUTATIONS))), time.monotonic(), 0
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        for done, (k, why) in enumerate(pool.imap_unordered(tried, chosen), 1):
+            alive += bool(why)
+            if why:
+                print(f"{k}: {MUTATIONS[k][0]}: {why}", flush=True)
+            elif done % 20 == 0:
+                print(f"{done}/{len(chosen)} mutations, {alive} not noticed, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{len(chosen)} mutations, {alive} not noticed, {time.monotonic() - began:.0f} s")
     return int(alive > 0)
 
 
