@@ -1,4 +1,4 @@
-"""The command line. Torch and diffusers are imported only by the verbs that need them.
+"""The command line: its parser, and what becomes of errors; what the verbs do is in `verbs`.
 
 Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 130 interrupted.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, listing
+from . import __version__, listing, verbs
 from .errors import Diverged, UserError
 
 
@@ -51,12 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    shelf = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, run, text: str, *examples: str) -> argparse.ArgumentParser:
         example = "example:\n  " + "\n  ".join(examples)
         raw = argparse.RawDescriptionHelpFormatter
-        made = verbs.add_parser(name, help=text, description=text, epilog=example, formatter_class=raw)
+        made = shelf.add_parser(name, help=text, description=text, epilog=example, formatter_class=raw)
         made.set_defaults(run=run)
         return made
 
@@ -66,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb(
         "train",
-        train,
+        verbs.train,
         "Train a recipe; again: go on where it was stopped.",
         "stepdistill train quickstart",
         "stepdistill train my.yaml train.steps=2000 optim.student_lr=5e-5 --output runs/longer",
@@ -83,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb(
         "sample",
-        sample,
+        verbs.sample,
         "Draw a picture, or a video.",
         'stepdistill sample runs/quickstart --prompt "a large red circle on a plain background" --steps 2',
     )
@@ -93,12 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
     made.add_argument("--out", type=Path, metavar="FILE", help="the picture (.png) or video (.webp, .png, .gif) to write")
 
-    made = verb("eval", eval_, "Measure a student beside its teacher.", "stepdistill eval runs/quickstart")
+    made = verb("eval", verbs.eval_, "Measure a student beside its teacher.", "stepdistill eval runs/quickstart")
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
 
     made = verb(
         "export",
-        export,
+        verbs.export,
         "Write files that stock diffusers, ComfyUI and A1111 load, and check them by loading them back.",
         "stepdistill export runs/quickstart --formats diffusers,kohya --out my-lora",
     )
@@ -109,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb(
         "pairs",
-        pairs,
+        verbs.pairs,
         "Make the teacher's pairs of noise and picture that a recipe learns from; again: go on where it was stopped.",
         "stepdistill pairs dmd_tiny_sd",
         "stepdistill pairs my.yaml pairs.count=4096 --out pairs/mine",
@@ -119,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb(
         "merge",
-        merge,
+        verbs.merge,
         "Fold several LoRA files of one architecture into one, exactly, or compressed to a rank.",
         "stepdistill merge runs/fast style.safetensors --weights 1.0,0.7 --out both.safetensors",
         "stepdistill merge a.safetensors b.safetensors@0.5 --rank 32 --format kohya --out both_kohya.safetensors",
@@ -133,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb(
         "validate",
-        validate,
+        verbs.validate,
         "Check recipes, and what they name as far as that is there.",
         "stepdistill validate my.yaml lora.rank=32",
         "stepdistill validate dmd2_sdxl lcm_sdxl mine/*.yaml",
@@ -143,30 +142,30 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb(
         "plan",
-        plan,
+        verbs.plan,
         "Tell what a recipe will need of a GPU and a disk, before anything is downloaded.",
         "stepdistill plan dmd2_sdxl_24gb --gpu 24GB",
     )
     takes_recipe(made)
     made.add_argument("--gpu", metavar="SIZE", help="the card that it must fit, such as 24GB; says what to change")
 
-    made = verb("ls", ls, "List what there is.", "stepdistill ls recipes", "stepdistill ls strategies")
+    made = verb("ls", verbs.ls, "List what there is.", "stepdistill ls recipes", "stepdistill ls strategies")
     made.add_argument("what", nargs="?", choices=tuple(listing.SHELVES), help="otherwise everything")
 
-    made = verb("cat", cat, "Print a recipe as it was written.", "stepdistill cat quickstart")
+    made = verb("cat", verbs.cat, "Print a recipe as it was written.", "stepdistill cat quickstart")
     made.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
 
-    made = verb("cp", cp, "Copy a recipe, to change it.", "stepdistill cp quickstart my.yaml")
+    made = verb("cp", verbs.cp, "Copy a recipe, to change it.", "stepdistill cp quickstart my.yaml")
     made.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
     made.add_argument("dest", metavar="DEST", type=Path, help="a new file, or a folder")
 
-    made = verb("explain", explain, "Explain a strategy and every key that it has.", "stepdistill explain dmd2")
+    made = verb("explain", verbs.explain, "Explain a strategy and every key that it has.", "stepdistill explain dmd2")
     made.add_argument("strategy", metavar="STRATEGY", help="of `stepdistill ls strategies`, or package.module:Class")
     made.add_argument("--trust-remote-code", action="store_true", help="import the package of package.module:Class")
 
     made = verb(
         "push",
-        push,
+        verbs.push,
         "Upload an export with its card to the hub, and nothing else.",
         "stepdistill push runs/mine --repo org/name --private",
         "stepdistill push runs/mine --repo org/name --base stabilityai/stable-diffusion-xl-base-1.0",
@@ -176,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--private", action="store_true", help="nobody else may see it; otherwise everybody does")
     made.add_argument("--base", metavar="ORG/NAME", help="the base model, where it was given by a folder")
 
-    verb("doctor", doctor, "Look at this machine and installation; says what to mend.", "stepdistill doctor")
+    verb("doctor", verbs.doctor, "Look at this machine and installation; says what to mend.", "stepdistill doctor")
     return parser
 
 
@@ -205,124 +204,3 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
     return int(text)
-
-
-def train(args) -> None:
-    from .recipe import dump_recipe, load_recipe
-
-    recipe = load_recipe(args.recipe, args.overrides)
-    if args.dry_run:
-        print(dump_recipe(recipe), end="")
-        print(f"# would train {recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)}")
-        print(f"# into {args.output or Path('runs') / recipe.name}; nothing was written")
-        return
-    from .runs import train as start
-
-    start(recipe, args.output, args.resume)
-
-
-def _plan(recipe) -> str:
-    """Who would learn what, in words."""
-    how = f"LoRA of rank {recipe.lora.rank}" if recipe.lora else "full copies"
-    players = ", ".join(f"{who} ({' + '.join(names)})" for who, names in recipe.strategy.players(0).items())
-    return f"{players}, as {how} on {recipe.model.source}"
-
-
-def sample(args) -> None:
-    from .serve import sample_run
-
-    print(sample_run(args.folder, args.prompt, args.steps, args.seed, args.out))
-
-
-def eval_(args) -> None:
-    from .evaluate.table import evaluate_run
-
-    evaluate_run(args.folder)
-
-
-def export(args) -> None:
-    from .export import export_run
-
-    print(export_run(args.folder, args.formats, args.out))
-
-
-def pairs(args) -> None:
-    from .pairs import make
-    from .recipe import load_recipe
-
-    folder = make(load_recipe(args.recipe, args.overrides, pairs=False), args.out)
-    print(f"{folder} is complete; then: stepdistill train {args.recipe} pairs.folder={folder}")
-
-
-def merge(args) -> None:
-    from .merge import merge as fold
-
-    print(fold(args.loras, args.out, args.weights, args.rank, args.format))
-
-
-def validate(args) -> None:
-    from .recipe import load_recipe
-
-    overrides = [word for word in args.recipes if "=" in word] + args.overrides
-    problems = []
-    for name in (word for word in args.recipes if "=" not in word):
-        try:
-            recipe = load_recipe(name, overrides, there=False)
-        except UserError as error:
-            problems += str(error).splitlines()
-        else:
-            print(f"{name}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))  # those of the command line are the same for each recipe
-
-
-def plan(args) -> None:
-    from .plan import make_plan
-    from .plan_report import read_size, report
-    from .recipe import load_recipe
-
-    gpu = args.gpu and read_size(args.gpu)
-    print(report(make_plan(load_recipe(args.recipe, args.overrides)), gpu))
-
-
-def ls(args) -> None:
-    for n, what in enumerate([args.what] if args.what else listing.SHELVES):
-        print("\n" * (n > 0) + f"{what}:")
-        rows = listing.SHELVES[what]()
-        width = max(map(len, rows), default=0)
-        print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items()) or "  none")
-
-
-def cat(args) -> None:
-    print(listing.find_recipe(args.recipe).read_text(encoding="utf-8"), end="")
-
-
-def cp(args) -> None:
-    source = listing.find_recipe(args.recipe)
-    target = args.dest / source.name if args.dest.is_dir() else args.dest
-    if target.exists():
-        raise UserError(f"{target} exists and is not overwritten; give another name")
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
-    shutil.copyfile(source, target)
-    print(f"{target}: yours to change; then: stepdistill train {target}")
-
-
-def explain(args) -> None:
-    from .explain import explanation
-    from .strategy_names import find_strategy
-
-    kind = find_strategy(args.strategy, args.trust_remote_code)
-    print(explanation(args.strategy, kind, max(60, min(96, shutil.get_terminal_size().columns))))
-
-
-def push(args) -> None:
-    from .push import push as upload
-
-    print(upload(args.folder, args.repo, args.private, args.base))
-
-
-def doctor(args) -> int:
-    from .doctor import examine
-
-    return examine()

@@ -145,7 +145,7 @@ def breaches(name: str, targets: Iterable[tuple[str, str]]) -> list[str]:
                 found.append(f"{name} imports {target}: only STRATEGIES knows particular strategies")
             if target == ".tiny.judge" and here not in ("evaluate", "tiny"):
                 found.append(f"{name} imports {target}: the judge never enters training")
-            if there == "cli" and name != "__main__":
+            if {"cli": "__main__", "verbs": "cli"}.get(there, name) != name:
                 found.append(f"{name} imports the command line")
     return found
 

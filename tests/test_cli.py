@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import stepdistill
-from stepdistill import cli, doctor
+from stepdistill import cli, doctor, verbs
 from stepdistill.cli import main
 from stepdistill.errors import Diverged, UserError
 from stepdistill.families import FAMILIES
@@ -209,7 +209,7 @@ def test_exit_status(capsys, monkeypatch, raised, status, said):
         if raised:
             raise raised
 
-    monkeypatch.setattr(cli, "explain", explain)
+    monkeypatch.setattr(verbs, "explain", explain)
     got, out, err = run(capsys, "explain", "lcm")
     assert (got, out) == (status, "")
     assert said in err
@@ -217,15 +217,15 @@ def test_exit_status(capsys, monkeypatch, raised, status, said):
 
 
 def test_a_fault_of_ours_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(cli, "explain", lambda args: 1 / 0)
+    monkeypatch.setattr(verbs, "explain", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["explain", "lcm"])
 
 
 def test_overrides_may_stand_anywhere(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "pairs", lambda args: seen.append((args.recipe, args.overrides)))
-    monkeypatch.setattr(cli, "train", lambda args: seen.append((args.recipe, args.overrides, args.resume)))
+    monkeypatch.setattr(verbs, "pairs", lambda args: seen.append((args.recipe, args.overrides)))
+    monkeypatch.setattr(verbs, "train", lambda args: seen.append((args.recipe, args.overrides, args.resume)))
     assert main(["train", "r", "a=1", "--resume", "never", "b=-2"]) == 0
     assert main(["pairs", "r", "a=1", "b=[1, 2]"]) == 0
     assert seen == [("r", ["a=1", "b=-2"], "never"), ("r", ["a=1", "b=[1, 2]"])]

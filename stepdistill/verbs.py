@@ -1,0 +1,130 @@
+"""What each verb of the command line does with its arguments. Torch and diffusers are imported only by those that need them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from . import listing
+from .errors import UserError
+
+
+def train(args) -> None:
+    from .recipe import dump_recipe, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        print(dump_recipe(recipe), end="")
+        print(f"# would train {recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)}")
+        print(f"# into {args.output or Path('runs') / recipe.name}; nothing was written")
+        return
+    from .runs import train as start
+
+    start(recipe, args.output, args.resume)
+
+
+def _plan(recipe) -> str:
+    """Who would learn what, in words."""
+    how = f"LoRA of rank {recipe.lora.rank}" if recipe.lora else "full copies"
+    players = ", ".join(f"{who} ({' + '.join(names)})" for who, names in recipe.strategy.players(0).items())
+    return f"{players}, as {how} on {recipe.model.source}"
+
+
+def sample(args) -> None:
+    from .serve import sample_run
+
+    print(sample_run(args.folder, args.prompt, args.steps, args.seed, args.out))
+
+
+def eval_(args) -> None:
+    from .evaluate.table import evaluate_run
+
+    evaluate_run(args.folder)
+
+
+def export(args) -> None:
+    from .export import export_run
+
+    print(export_run(args.folder, args.formats, args.out))
+
+
+def pairs(args) -> None:
+    from .pairs import make
+    from .recipe import load_recipe
+
+    folder = make(load_recipe(args.recipe, args.overrides, pairs=False), args.out)
+    print(f"{folder} is complete; then: stepdistill train {args.recipe} pairs.folder={folder}")
+
+
+def merge(args) -> None:
+    from .merge import merge as fold
+
+    print(fold(args.loras, args.out, args.weights, args.rank, args.format))
+
+
+def validate(args) -> None:
+    from .recipe import load_recipe
+
+    overrides = [word for word in args.recipes if "=" in word] + args.overrides
+    problems = []
+    for name in (word for word in args.recipes if "=" not in word):
+        try:
+            recipe = load_recipe(name, overrides, there=False)
+        except UserError as error:
+            problems += str(error).splitlines()
+        else:
+            print(f"{name}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))  # those of the command line are the same for each recipe
+
+
+def plan(args) -> None:
+    from .plan import make_plan
+    from .plan_report import read_size, report
+    from .recipe import load_recipe
+
+    gpu = args.gpu and read_size(args.gpu)
+    print(report(make_plan(load_recipe(args.recipe, args.overrides)), gpu))
+
+
+def ls(args) -> None:
+    for n, what in enumerate([args.what] if args.what else listing.SHELVES):
+        print("\n" * (n > 0) + f"{what}:")
+        rows = listing.SHELVES[what]()
+        width = max(map(len, rows), default=0)
+        print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items()) or "  none")
+
+
+def cat(args) -> None:
+    print(listing.find_recipe(args.recipe).read_text(encoding="utf-8"), end="")
+
+
+def cp(args) -> None:
+    source = listing.find_recipe(args.recipe)
+    target = args.dest / source.name if args.dest.is_dir() else args.dest
+    if target.exists():
+        raise UserError(f"{target} exists and is not overwritten; give another name")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
+    shutil.copyfile(source, target)
+    print(f"{target}: yours to change; then: stepdistill train {target}")
+
+
+def explain(args) -> None:
+    from .explain import explanation
+    from .strategy_names import find_strategy
+
+    kind = find_strategy(args.strategy, args.trust_remote_code)
+    print(explanation(args.strategy, kind, max(60, min(96, shutil.get_terminal_size().columns))))
+
+
+def push(args) -> None:
+    from .push import push as upload
+
+    print(upload(args.folder, args.repo, args.private, args.base))
+
+
+def doctor(args) -> int:
+    from .doctor import examine
+
+    return examine()
