@@ -78,11 +78,11 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     if start is not None and start == checkpoint.latest(run.checkpoints) and run.finished(recipe):
         line.say(f"{run.folder} is finished ({run.step} steps). Its export: {run.export}")
         return run
+    distillation = assemble(recipe)
+    serving(distillation)  # what no stock pipeline can sample is refused before any work
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
 
-    distillation = assemble(recipe)
-    serving(distillation)  # what no stock pipeline can sample is refused before any work
     pairs = Path(recipe.pairs.folder or run.folder / "pairs")
     if "pairs" in recipe.strategy.needs and recipe.pairs.folder is None:
         make_pairs(distillation, pairs, line)

@@ -116,3 +116,9 @@ def test_divergence_ends_with_3_names_the_player_and_keeps_a_finite_state(recipe
 def test_an_adapter_that_changes_nothing_is_named(recipe_file, capsys):
     train(recipe(recipe_file, "optim.student_lr=1e-30"))
     assert "still equals the teacher" in capsys.readouterr().err
+
+
+def test_a_refused_run_leaves_no_folder(recipe_file, capsys):
+    output = recipe_file.parent / "refused"
+    assert main(["train", str(recipe_file), "model.source=org/absent", "--output", str(output)]) == 2
+    assert "org/absent" in capsys.readouterr().err and not output.exists()
