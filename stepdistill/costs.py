@@ -126,12 +126,13 @@ class Told:
 
 
 class Standin(nn.Module):
-    """In a role's place: as many weights in one tensor, and the counts of its evaluations."""
+    """In a role's place: as many weights in one tensor (the teacher: none), and the counts of its evaluations."""
 
     def __init__(self, role: str, size: int):
         super().__init__()
         self.role = role
-        self.weight = nn.Parameter(torch.empty(size, device=HOST), requires_grad=False)
+        weight = torch.empty(size, device=HOST)
+        self.weight = nn.Parameter(weight, requires_grad=False) if size else weight
         self.block = nn.Identity()  # whose output a discriminator reads
 
 

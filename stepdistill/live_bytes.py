@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+INDEX = torch.ops.aten.index.Tensor  # a mask's numbers decide its shape
 SCALAR = torch.ops.aten._local_scalar_dense.default
 
 
@@ -79,6 +81,8 @@ class LiveBytes(TorchDispatchMode):
             key = (function, described(args), described(tuple(kwargs.items()))) if fresh(function) else None
         except Numbers:
             key = None
+            if function is not INDEX:
+                args, kwargs = together(args), together(kwargs)
         if key in self._known:
             like, flops = self._known[key]
             out = remade(like)
@@ -94,6 +98,13 @@ class LiveBytes(TorchDispatchMode):
 
 class Numbers(Exception):
     """A tensor that is not on the meta device: what it holds may decide a shape."""
+
+
+def together(args: Any) -> Any:
+    """All tensors on the meta device, if one of them is there."""
+    if not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(args)):
+        return args
+    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from textwrap import wrap
 
 from .errors import UserError
 from .plan import CONTEXT, SLACK, Plan
@@ -42,11 +43,11 @@ def memory(plan: Plan) -> Iterator[str]:
     recipe, optim = plan.recipe, plan.recipe.optim
     quantize = recipe.model.quantize
     how = f"{recipe.model.dtype}, {quantize}" if quantize else recipe.model.dtype
-    who = ", ".join(plan.roles)
     kind = f"rank {recipe.lora.rank}, float32" if recipe.lora else "whole copies, float32"
     rows = [
         ("base network", f"{plan.parameters / 1e6:,.0f} M, {how}", plan.base),
-        ("what learns", f"{who}: {plan.size / 1e6:,.0f} M each, {kind}", plan.adapters),
+        ("what learns", f"{len(plan.roles)} x {plan.size / 1e6:,.0f} M, {kind}", plan.adapters),
+        *(("", line, None) for line in wrap(", ".join(plan.roles), 44)),
         ("optimizer", optim.optimizer, plan.optimizer),
         ("gradients", "float32", plan.gradients),
     ]
@@ -54,9 +55,10 @@ def memory(plan: Plan) -> Iterator[str]:
     blocks = "blocks replayed in backward" if recipe.train.checkpointing else "all kept until backward"
     rows += [(f"{who}'s activations", blocks, size) for who, size in plan.players.items()]
     rows += [(name, "while data is encoded", size) for name, size in plan.others.items()]
+    rows += [("sampling", f"{recipe.eval.batch} at a time, for validation", plan.sampling)]
     rows += [("decoding", f"{recipe.eval.batch} at a time, for validation", plan.decode)]
     yield f"{'memory of one GPU':<76}GB"
-    yield from (f"  {name:<24}{text:<44}{size / GB:8.2f}" for name, text, size in rows)
+    yield from (f"  {name:<24}{text:<44}{'' if size is None else f'{size / GB:8.2f}'}".rstrip() for name, text, size in rows)
     yield ""
     yield f"{'the most in each phase':<76}GB"
     yield from (f"  {name:<68}{size / GB:8.2f}" for name, size in plan.phases.items())

@@ -1,6 +1,8 @@
 """Plans: what is foreseen without memory is what a real iteration needs."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import diffusers
 import pipelines
@@ -11,13 +13,17 @@ from stepdistill.assemble import Distillation
 from stepdistill.batch import Batch
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
+from stepdistill.families.load import load_family
 from stepdistill.live_bytes import LiveBytes
-from stepdistill.plan import make_plan, plan_of
+from stepdistill.plan import Even, make_plan, open_costs, plan_of
 from stepdistill.plan_report import read_size, report
 from stepdistill.recipe import load_recipe
 from stepdistill.roles import build_roles
+from stepdistill.sources import TINY
 from stepdistill.trainer import Trainer
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+MASKED = ("qwen_image", "z_image", "lumina2", "pixart", "sana", "ltx", "hunyuanvideo")
 RECIPE = """
 name: planned
 model: {source: stepdistill/tiny-sd}
@@ -146,6 +152,76 @@ def test_sizes_of_cards():
     for wrong in ("", "big", "0GB", "24TB"):
         with pytest.raises(UserError, match="--gpu"):
             read_size(wrong)
+
+
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-sd3"])
+def test_embedded_models_and_folders_are_planned_alike(model, tmp_path):
+    small = ("data.count=8", "eval.batch=1", f"model.source=stepdistill/{model}")
+    plan = make_plan(recipe_of(tmp_path, *small))
+    folder = make_plan(recipe_of(tmp_path, *small[:2], f"model.source={TINY / model}"))
+    assert folder.phases == plan.phases and folder.flops == plan.flops
+    net = load_family(f"stepdistill/{model}").net
+    assert plan.parameters == sum(p.numel() for p in net.parameters())
+
+
+def test_a_folder_without_its_configs_is_refused(tmp_path):
+    folder = shutil.copytree(TINY / "tiny-sd", tmp_path / "model")
+    recipe = recipe_of(tmp_path, f"model.source={folder}")
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match="its configs cannot be read"):
+        make_plan(recipe)
+
+
+def test_a_discriminator_and_what_it_reads_are_counted(tmp_path):
+    small = ("model.source=stepdistill/tiny-sd3", "data.images=stepdistill/tiny", "eval.batch=1", "data.count=8")
+    plain = make_plan(recipe_of(tmp_path, *small))
+    gan = make_plan(recipe_of(tmp_path, *small, "strategy.gan=5e-3"))
+    assert plain.heads == 0 < gan.heads
+    assert gan.phases["critic's step"] > plain.phases["critic's step"]
+    assert gan.evaluations["fake", "backward"] == plain.evaluations["fake", "backward"] + 5  # two a sample, and the student's
+
+
+@pytest.mark.parametrize("pipeline", MASKED)
+def test_a_masked_text_counts_whole(pipeline, tmp_path):
+    def flops(length):
+        pipe = getattr(pipelines, pipeline)()
+        prompt = {name: tuple(x.shape[1:]) for name, x in FAMILIES[type(pipe).__name__](pipe).encode_prompts(["a"]).items()}
+        prompt = {name: (length, *shape[1:]) if name in ("text", "mask") else shape for name, shape in prompt.items()}
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.to("meta")
+        with LiveBytes() as live:
+            family = FAMILIES[type(pipe).__name__](pipe)
+            costs, _ = open_costs(recipe_of(tmp_path), family, prompt, live)
+            return costs(1, False).flops
+
+    assert flops(32) < flops(64) < flops(96)
+
+
+def test_choices_are_even_in_every_cadence():
+    for every in range(1, 11):
+        for n in (2, 4, 8):
+            means = [Even(0, step, [0]).choice(n) for step in range(0, 60, every)]
+            assert sum(means) / len(means) == pytest.approx((n - 1) / 2, abs=0.1 * n)
+
+
+def test_shapes_that_are_remembered_are_those_that_are_computed():
+    with LiveBytes() as live:
+        whole, half = torch.empty(2, 3, device="meta", dtype=torch.int64), torch.empty(2, 3, device="meta", dtype=torch.bfloat16)
+        for _ in range(2):
+            assert (whole * 2).dtype == torch.int64 and (whole * 2.0).dtype == torch.float32 and (half * 2).dtype == half.dtype
+            assert (half.t() + half.t()).stride() == half.t().stride() and (half + half).stride() == half.stride()
+            before = live.flops
+            assert (half @ half.t()).shape == (2, 2) and live.flops - before == 2 * 2 * 2 * 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_has_a_plan(recipe, tmp_path):
+    pictures = [] if "pictures/" not in recipe.read_text() else ["data.images=stepdistill/tiny"]
+    plan = make_plan(load_recipe(recipe, pictures))
+    assert plan.peak > 1e9 and plan.flops and all(size > 0 for size in plan.phases.values())
+    assert max(map(len, report(plan, 1e9).splitlines())) <= 80
 
 
 def test_an_unknown_model_is_refused_before_work(tmp_path):
