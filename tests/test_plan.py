@@ -207,7 +207,10 @@ def test_choices_are_even_in_every_cadence():
 
 def test_shapes_that_are_remembered_are_those_that_are_computed():
     with LiveBytes() as live:
-        whole, half = torch.empty(2, 3, device="meta", dtype=torch.int64), torch.empty(2, 3, device="meta", dtype=torch.bfloat16)
+        whole, half = (
+            torch.empty(2, 3, device="meta", dtype=torch.int64),
+            torch.empty(2, 3, device="meta", dtype=torch.bfloat16),
+        )
         for _ in range(2):
             assert (whole * 2).dtype == torch.int64 and (whole * 2.0).dtype == torch.float32 and (half * 2).dtype == half.dtype
             assert (half.t() + half.t()).stride() == half.t().stride() and (half + half).stride() == half.stride()
