@@ -97,7 +97,7 @@ def test_the_example_trains_and_is_exported(tmp_path, monkeypatch):
 def test_the_table_is_of_the_families():
     pipes = {type(pipe).__name__: pipe for pipe in (build() for build in reversed(PIPELINES.values()))}
     rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == list(FAMILIES)
+    assert sorted(row.split("`")[1] for row in rows) == sorted(FAMILIES)  # tests that hide one put it back at the end
     for row in rows:
         pipeline = row.split("`")[1]
         assert row.startswith(cells(pipeline, pipes[pipeline]))
