@@ -84,12 +84,14 @@ class Experts(nn.Module):
     def forward(self, x_t: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts' outputs, shaped as x_t [B, ...], and the tokens [B, L, C] of their middle blocks."""
         high = timestep >= self.boundary  # [B]
-        made, order = [], []
-        for expert, rows in ((self.transformer, high.nonzero()[:, 0]), (self.transformer_2, (~high).nonzero()[:, 0])):
-            if len(rows):
-                made.append(with_tokens(expert, x_t[rows], timestep[rows], text[rows]))
-                order.append(rows)
-        back = torch.cat(order).argsort()
+        if high.all():
+            return with_tokens(self.transformer, x_t, timestep, text)
+        if not high.any():
+            return with_tokens(self.transformer_2, x_t, timestep, text)
+        rows = high.nonzero()[:, 0], (~high).nonzero()[:, 0]
+        experts = self.transformer, self.transformer_2
+        made = [with_tokens(net, x_t[k], timestep[k], text[k]) for net, k in zip(experts, rows, strict=True)]
+        back = torch.cat(rows).argsort()
         out, tokens = (torch.cat(parts)[back] for parts in zip(*made, strict=True))
         return out, tokens
 
