@@ -93,8 +93,8 @@ def assemble(recipe: Recipe) -> Distillation:
     """Load the pipeline and make the roles that the strategy wants, all equal to the teacher.
 
     Raises:
-        UserError: no family is written for the pipeline, its teacher cannot be guided as the strategy wants, or a LoRA of
-            the recipe is not of it.
+        UserError: the pipeline is unknown and cannot be found out, its teacher cannot be guided as the strategy wants, or a
+            LoRA of the recipe is not of it.
     """
     where = distributed.device()
     model, train = recipe.model, recipe.train

@@ -34,7 +34,6 @@ FORMAT = 4  # of the sidecar; a change that makes older ones unreadable raises i
 STEPS = (1, 2, 4, 8)  # numbers of steps that are tried besides those that a recipe names
 WHOLE = ("pipeline", "fused")  # files that are whole pipeline folders; the others are LoRA files
 
-
 Part = tuple[str, str]  # a student, and the network of the pipeline that it plays
 
 

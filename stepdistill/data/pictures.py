@@ -68,15 +68,15 @@ def read(picture: Picture, sizes: list[Size]) -> np.ndarray | None:
     """A picture, turned as its camera was held, fitted to uint8 [height, width, 3]; None if it is damaged."""
     try:
         image = ImageOps.exif_transpose(picture.load()).convert("RGB")
-        return fit(image, nearest(*image.size, sizes))
     except Exception:  # decoders raise all sorts; `damage` tells which
         return None
+    return fit(image, nearest(*image.size, sizes))
 
 
 def damage(picture: Picture) -> str:
     """Why a picture cannot be read."""
     try:
-        picture.load().convert("RGB")
+        ImageOps.exif_transpose(picture.load()).convert("RGB")
     except Exception as error:
         return f"is damaged ({error or type(error).__name__})"
     return "could not be read"

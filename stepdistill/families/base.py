@@ -175,17 +175,17 @@ class Family(ABC):
         """Why there is no file in kohya's spelling; nothing if there is."""
         return "" if self.kohya_prefix else f"{self.pipeline} has no kohya file"
 
-    @abstractmethod
     def feature_block(self, net: nn.Module) -> nn.Module:
-        """The block whose output a discriminator reads."""
+        """The block whose output a discriminator reads: one in the middle."""
+        return net.transformer_blocks[len(net.transformer_blocks) // 2]
 
-    @abstractmethod
     def feature_tokens(self, out: Any, x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """The picture's tokens [B, L, C] in that block's output, of what `forward` was asked."""
+        return out
 
-    @abstractmethod
     def feature_width(self, net: nn.Module) -> int:
         """C of those tokens."""
+        return net.config.num_attention_heads * net.config.attention_head_dim
 
     def add_guidance_embedding(self, net: nn.Module) -> None:
         """Give a whole copy an input for the guidance scale, of no effect until it is trained.

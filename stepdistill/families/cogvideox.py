@@ -70,8 +70,5 @@ class CogVideoX(Video, Family):
     def fps(self) -> float:
         return 16.0 if self.net.config.patch_size_t else 8.0
 
-    def feature_block(self, net: nn.Module) -> nn.Module:
-        return net.transformer_blocks[len(net.transformer_blocks) // 2]
-
     def feature_tokens(self, out: tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[0]  # a block returns (video, text) tokens

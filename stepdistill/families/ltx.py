@@ -78,9 +78,3 @@ class LTX(Video, Family):
     @property
     def frame_multiple(self) -> int:
         return self.pipe.vae_temporal_compression_ratio
-
-    def feature_block(self, net: nn.Module) -> nn.Module:
-        return net.transformer_blocks[len(net.transformer_blocks) // 2]
-
-    def feature_tokens(self, out: Tensor, x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return out

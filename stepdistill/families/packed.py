@@ -51,9 +51,6 @@ class Packed:
     def feature_tokens(self, out: tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[1]  # a block that keeps picture and text apart returns (text, picture)
 
-    def feature_width(self, net: nn.Module) -> int:
-        return net.config.num_attention_heads * net.config.attention_head_dim
-
     def add_guidance_embedding(self, net: nn.Module) -> None:
         if not net.config.guidance_embeds:
             super().add_guidance_embedding(net)

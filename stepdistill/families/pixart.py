@@ -30,12 +30,3 @@ class PixArt(Family):
         size = {"resolution": None, "aspect_ratio": None}  # which the pipeline does not tell either
         out = net(x_t.to(net.dtype), cond["text"].to(net.dtype), self.timestep(t), size, encoder_attention_mask=cond["mask"])
         return out.sample[:, : x_t.shape[1]]
-
-    def feature_block(self, net: nn.Module) -> nn.Module:
-        return net.transformer_blocks[len(net.transformer_blocks) // 2]
-
-    def feature_tokens(self, out: Tensor, x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return out
-
-    def feature_width(self, net: nn.Module) -> int:
-        return net.config.num_attention_heads * net.config.attention_head_dim

@@ -60,6 +60,3 @@ class QwenImage(Packed, Family):
     @property
     def factor(self) -> int:
         return self.pipe.vae_scale_factor
-
-    def feature_block(self, net: nn.Module) -> nn.Module:
-        return net.transformer_blocks[len(net.transformer_blocks) // 2]

@@ -60,15 +60,6 @@ class Sana(Family):
     def multiple(self) -> int:
         return 32
 
-    def feature_block(self, net: nn.Module) -> nn.Module:
-        return net.transformer_blocks[len(net.transformer_blocks) // 2]
-
-    def feature_tokens(self, out: Tensor, x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return out
-
-    def feature_width(self, net: nn.Module) -> int:
-        return net.config.num_attention_heads * net.config.attention_head_dim
-
 
 class SanaSprint(Sana):
     pipeline = "SanaSprintPipeline"

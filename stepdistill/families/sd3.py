@@ -49,14 +49,8 @@ class SD3(Family):
         text, pooled = cond["text"].to(net.dtype), cond["pooled"].to(net.dtype)
         return net(x_t.to(net.dtype), text, pooled, self.timestep(t)).sample
 
-    def feature_block(self, net: nn.Module) -> nn.Module:
-        return net.transformer_blocks[len(net.transformer_blocks) // 2]
-
     def feature_tokens(self, out: tuple[Tensor, Tensor], x_t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return out[1]  # a block returns (text, picture) tokens
-
-    def feature_width(self, net: nn.Module) -> int:
-        return net.config.num_attention_heads * net.config.attention_head_dim
 
 
 class CountedAttention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Video:
@@ -31,6 +31,3 @@ class Video:
     @property
     def frame_multiple(self) -> int:
         return self.pipe.vae_scale_factor_temporal
-
-    def feature_width(self, net: nn.Module) -> int:
-        return net.config.num_attention_heads * net.config.attention_head_dim
