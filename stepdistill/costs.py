@@ -19,6 +19,7 @@ from .live_bytes import LiveBytes
 from .roles import Denoiser, Roles, wearing
 
 HOST = "meta"
+WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes of a quantised weight; nf4 has a float32 scale for each 64
 
 
 @dataclass(frozen=True)
@@ -198,3 +199,13 @@ def noted(strategy: Any, live: LiveBytes, peaks: dict[str, int]) -> Iterator[Non
         yield
     finally:
         del strategy.losses
+
+
+def weigh(module: nn.Module, quantize: str | None = None) -> int:
+    """Bytes of a module's weights and buffers; quantised, those of its linear layers are smaller."""
+    whole = {id(x): x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers())}
+    if quantize:
+        for name, m in module.named_modules():
+            if isinstance(m, nn.Linear) and "lora_" not in name:
+                whole[id(m.weight)] = round(m.weight.numel() * WEIGHT[quantize])
+    return sum(whole.values())

@@ -15,8 +15,9 @@ from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.load import load_family
 from stepdistill.live_bytes import LiveBytes
-from stepdistill.plan import Even, make_plan, open_costs, plan_of
+from stepdistill.plan import make_plan, open_costs, plan_of
 from stepdistill.plan_report import read_size, report
+from stepdistill.plan_trial import Even
 from stepdistill.recipe import load_recipe
 from stepdistill.roles import build_roles
 from stepdistill.sources import TINY
