@@ -3,6 +3,7 @@
 import pipelines
 import pytest
 import torch
+from parts import flow
 from pipelines import PROMPTS, watch
 
 from stepdistill.families import Flux2, Flux2Klein
@@ -20,7 +21,7 @@ def test_schedule_has_the_shift_of_the_pipeline_s_own_number_of_steps():
 
 def test_a_fixed_shift_stays():
     pipe = pipelines.flux2()
-    pipe.scheduler = pipelines.flow(shift=2.0)
+    pipe.scheduler = flow(shift=2.0)
     assert Flux2(pipe).schedule == RectifiedFlow(shift=2.0)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pipelines
 import pytest
 import torch
+from parts import inert
 from PIL import Image
 from pipelines import PROMPTS, watch
 from safetensors.torch import load_file, save_file
@@ -108,7 +109,7 @@ def test_decode_and_encode_are_the_pipeline_s():
 def test_encode_undoes_decode_in_scale(monkeypatch):
     """With an autoencoder that does nothing."""
     family = make()
-    pipelines.inert(family.pipe.vae, monkeypatch)
+    inert(family.pipe.vae, monkeypatch)
     assert torch.allclose(family.decode(family.encode(X)), X, rtol=0, atol=1e-5)
     assert (family.encode(X) - X).abs().max() > 0.1
 
