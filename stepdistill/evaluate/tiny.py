@@ -36,6 +36,7 @@ class Reference(NamedTuple):
     moments: Moments  # of the features of DRAWINGS drawings
     floor: tuple[float, float, float]  # FD, low, high of PICTURES other drawings
     variances: np.ndarray  # [DIVERSITY_CAPTIONS, 3, 4], of DIVERSITY_DRAWINGS drawings of each diversity caption
+    features: np.ndarray  # [PICTURES, FEATURES] float32, of the first drawings: what needs rows, not moments (KID, recall)
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def reference() -> Reference:
     if REFERENCE.exists():
         with safe_open(REFERENCE, "pt") as file:
             if (file.metadata() or {}).get("judge") == key:
-                mean, cov, least, spread = (file.get_tensor(name) for name in ("mean", "cov", "floor", "variances"))
-                return Reference(Moments(mean, cov), tuple(least.tolist()), spread.numpy())
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+                against, least = Moments(saved["mean"], saved["cov"]), tuple(saved["floor"].tolist())
+                return Reference(against, least, saved["variances"].numpy(), saved["features"].numpy())
     print(f"{REFERENCE} is not of this judge: measuring. To keep: python -m stepdistill.evaluate", file=sys.stderr)
     return measure_reference()
 
@@ -97,6 +99,7 @@ def save_reference(made: Reference) -> None:
     tensors = made.moments._asdict() | {
         "variances": torch.from_numpy(made.variances),
         "floor": torch.tensor(made.floor, dtype=torch.float64),
+        "features": torch.from_numpy(made.features),
     }
     save_file(tensors, REFERENCE, {"judge": judge_key()})
 
@@ -104,14 +107,15 @@ def save_reference(made: Reference) -> None:
 def measure_reference() -> Reference:
     """Draw and read everything that `Reference` holds, with a line of progress on stderr."""
     judge, law = load_judge(), scenes(DRAWINGS, SEED_REFERENCE, "all")
-    against = moments(look(judge, draw(law, SEED_REFERENCE).images)[0])
+    rows = look(judge, draw(law, SEED_REFERENCE).images)[0]
+    against = moments(rows)
     spread = []
     for c, scene in enumerate(diversity_prompts(), start=1):
         print(f"\rdrawings of diversity caption {c}/{DIVERSITY_CAPTIONS}", end="", file=sys.stderr, flush=True)
         drawn = draw([scene] * DIVERSITY_DRAWINGS, SEED_DIVERSITY + 1000 * c).images
         spread.append(variances(scene, read(judge, drawn)))
     print(file=sys.stderr)
-    return Reference(against, _floor(PICTURES, judge, against), np.array(spread))
+    return Reference(against, _floor(PICTURES, judge, against), np.array(spread), rows[:PICTURES].astype(np.float32))
 
 
 def _floor(n: int, judge: Judge, against: Moments) -> tuple[float, float, float]:

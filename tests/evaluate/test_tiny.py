@@ -157,6 +157,11 @@ def test_shipped_reference_is_of_the_shipped_judge(capsys):
     made = tiny.reference()
     assert capsys.readouterr().err == "", "reference.safetensors is another judge's: run python -m stepdistill.evaluate"
     assert made.variances.shape == (tiny.DIVERSITY_CAPTIONS, 3, 4)
+    first = look(load_judge(), draw(scenes(24, tiny.SEED_REFERENCE, "all"), tiny.SEED_REFERENCE).images)[0]
+    assert made.features.shape == (tiny.PICTURES, 64)
+    np.testing.assert_allclose(made.features[:24], first, atol=1e-4)
+    error = made.features.mean(0) - made.moments.mean.numpy()
+    assert np.abs(error).max() < 4 * 1 / np.sqrt(tiny.PICTURES)  # each feature is of unit spread
     fd, low, high = tiny.floor()
     assert 0 <= low <= fd <= high < 0.5
     assert WEIGHTS.stat().st_size < 1_000_000
