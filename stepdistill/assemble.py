@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from . import checkpoint, distributed
 from .batch import seed_of
 from .errors import UserError
+from .export_weights import form_of, student_weights
 from .families.base import Family
 from .families.kernels import use_xformers
 from .families.load import load_family
 from .lora_sources import find_lora
-from .recipe import Recipe, load_recipe, strategy_name
+from .recipe import Recipe, from_tree, load_recipe, strategy_name
 from .roles import Roles, build_roles
 from .sampling import Inference
 from .sections import check_guidance
+from .sidecar import SIDECAR, WHOLE, Serving, read_export
 from .strategies import Strategy
 
 AVERAGE = "_ema"  # the average of role x is role x_ema
@@ -33,6 +36,7 @@ class Distillation:
     family: Family
     strategy: Strategy
     roles: Roles
+    known: tuple[int, ...] | None = None  # the only numbers of steps in which its students can be sampled; None: no such limit
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights that training may change, by name: roles/student/..., modules/head/..."""
@@ -75,6 +79,8 @@ class Distillation:
                 with suppress(ValueError):
                     self.strategy.inference(schedule, steps)
                     asked.add(steps)
+        if self.known is not None:
+            asked = set(asked).intersection(self.known)
         return sorted(set(asked), reverse=True)
 
     def inference(self, steps: int | None = None) -> Inference:
@@ -83,6 +89,9 @@ class Distillation:
         Raises:
             UserError: this student cannot be sampled in that many.
         """
+        if self.known is not None and steps not in (None, *self.known):
+            allowed = ", ".join(map(str, self.known))
+            raise UserError(f"this export of {self.recipe.name} is sampled in one of {allowed} steps, not in {steps}")
         try:
             return self.strategy.inference(self.roles.schedule, steps)
         except ValueError as error:
@@ -143,7 +152,17 @@ def trained(strategy: Strategy) -> list[str]:
     return [name for name in strategy.roles if name.startswith("student")]
 
 
-def restore(run: Path) -> Distillation:
+def restore(folder: Path) -> Distillation:
+    """What can be sampled and measured in a folder: a run as its newest checkpoint left it, or an export, wherever it lies.
+
+    Raises:
+        UserError: it is neither, the run has no checkpoint yet, or see `restore_export`.
+    """
+    export = not (folder / "recipe.yaml").is_file() and (folder / SIDECAR).is_file()
+    return restore_export(folder) if export else restore_run(folder)
+
+
+def restore_run(run: Path) -> Distillation:
     """A run as its newest checkpoint left it.
 
     Raises:
@@ -157,6 +176,46 @@ def restore(run: Path) -> Distillation:
     loaded = assemble(load_recipe(run / "recipe.yaml", data=False))
     loaded.load(checkpoint.load(newest)[0])
     return loaded
+
+
+@torch.no_grad()
+def restore_export(folder: Path) -> Distillation:
+    """The teacher, and the students of an export, from its files alone; they make the pictures that the trainer's made.
+
+    What only training needs, critics and heads, is as it was in the beginning. Students who share out the experts of a pipeline
+    are sampled in the numbers of steps of the sidecar alone: of each there is only the expert that it then plays.
+
+    Raises:
+        UserError: its files are in kohya's spelling alone, or not those of its recipe; its strategy is another package's; or
+            the recipe is of another version of stepdistill.
+    """
+    told = read_export(folder)
+    form = form_of(folder, told)
+    if told.recipe.get("trust_remote_code"):
+        raise UserError(
+            f"{folder} was made by {told.strategy}, code of another package, which an export, from wherever it comes, does not "
+            f"get imported; give the run folder"
+        )
+    made = assemble(recipe_of(told, folder / SIDECAR, whole=form in WHOLE))
+    found = student_weights(folder, told, form, made.family)
+    for student, weights in found.items():
+        for role in (made.roles[name] for name in (student, student + AVERAGE) if name in made.roles):
+            parts = tuple(made.family.networks[network] for who, network in told.worn if who == student)
+            parameters = {name: p for name, p in role.named_parameters().items() if name.startswith(parts)}
+            if off := sorted(parameters.keys() ^ weights.keys()):
+                raise UserError(f"{folder}: files and recipe do not agree about {off[0]}; export the run again")
+            for name, x in weights.items():
+                parameters[name].copy_(x)
+    shared_out = len(told.worn) < len(found) * len(made.family.networks)
+    return dataclasses.replace(made, known=tuple(told.samplers)) if shared_out else made
+
+
+def recipe_of(told: Serving, file: Path, whole: bool) -> Recipe:
+    """The recipe of an export, whose sidecar is `file`; whole: its students are whole copies, however they were trained."""
+    keys = ("revision", "variant", "dtype", "quantize")
+    model = {"source": told.model, "loras": [f"{lora}@{lora.scale!r}" for lora in told.loras]}
+    model |= {key: getattr(told, key) for key in keys}
+    return from_tree({**told.recipe, "name": told.name, "model": model} | ({"lora": None} if whole else {}), file)
 
 
 def modules_of(strategy: Strategy, roles: Roles, names: tuple[str, ...]) -> list[nn.Parameter]:

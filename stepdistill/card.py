@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .card_notes import combining, notes, places, quoted
-from .inference import WHOLE, Serving
 from .lora_sources import LoraSource
+from .sidecar import WHOLE, Serving
 
 HUB = "https://huggingface.co"
 FIGURES = ("who", "steps", "nfe", "guidance", "solver", "n", "fd", "fd_low", "fd_high", "alignment", "diversity", "ms")

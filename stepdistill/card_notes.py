@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .inference import WHOLE, Serving
+from .sidecar import WHOLE, Serving
 from .workflow import NAME as WORKFLOW
 from .workflow import READ, workflow
 

@@ -9,7 +9,7 @@ pytorch_lora_weights_transformer_2.safetensors   of the second expert, where a p
 scheduler/scheduler_config.json
 comfyui_workflow.json              where ComfyUI is known to sample the student: to be opened in its window
 gallery/                           pictures that it drew
-stepdistill.json, README.md        how to sample it: `inference.Serving`, and the card made of it
+stepdistill.json, README.md        how to sample it: `sidecar.Serving`, and the card made of it
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .assemble import Distillation, restore
+from .assemble import Distillation, restore_run
 from .card import card, newest_grid
 from .checkpoint import sync
 from .devices import placed, tiled
@@ -34,9 +34,10 @@ from .errors import UserError
 from .evaluate.walks import to_pixels
 from .export_files import WRITERS, lora_state, names
 from .families.load import quiet
-from .inference import SIDECAR, Serving, read_export, serving
+from .inference import serving
 from .sampling import sample
 from .serve import open_export
+from .sidecar import SIDECAR, Serving, read_export
 from .workflow import NAME as WORKFLOW
 from .workflow import workflow
 
@@ -56,7 +57,7 @@ def export_run(run: Path, formats: Sequence[str] | None = None, out: Path | None
         ExportMismatch: see `check_export`.
     """
     out = out or run / "export"
-    print(write_export(restore(run), out, formats, run))
+    print(write_export(restore_run(run), out, formats, run))
     return out
 
 

@@ -14,11 +14,11 @@ from .assemble import Distillation, trained
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
 from .families.loras import fuse_loras
-from .inference import Part, Serving
 from .kohya import kohya_state
 from .lora_files import kohya_header, peft_state
 from .lora_sources import NAME
 from .roles import fold_lora
+from .sidecar import Part, Serving
 
 FORMATS = ("diffusers", "kohya", "fused")
 

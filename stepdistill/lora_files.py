@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .inference import Serving
+from .sidecar import Serving
 
 BASES = {  # by width of their text, as ModelSpec and sd-scripts call them
     768: ("stable-diffusion-v1", "sd_v1"),

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from .errors import UserError
 from .export import write_card
-from .inference import SIDECAR, WHOLE, Serving, find_export, read_export
+from .sidecar import SIDECAR, WHOLE, Serving, find_export, read_export
 from .sources import is_hub_id
 
 HEADER = "stepdistill.inference"  # where a LoRA file of diffusers' spelling repeats the sidecar

@@ -46,9 +46,20 @@ def load_recipe(
         RecipeError: every problem of the file, the overrides and the sources they name, at once.
     """
     file = find_recipe(path_or_name)
-    draft = Draft(file)
-    for text in overrides:
-        draft.override(text)
+    return read_recipe(file.read_bytes(), file, overrides, data, pairs, there)
+
+
+def read_recipe(
+    text: bytes | str, file: Path, overrides: Sequence[str] = (), data: bool = True, pairs: bool = True, there: bool = True
+) -> Recipe:
+    """The recipe in a text; `file` is where problems are said to be, and names a recipe that does not name itself.
+
+    Raises:
+        RecipeError: as `load_recipe`, whose other arguments these are.
+    """
+    draft = Draft(file, text)
+    for override in overrides:
+        draft.override(override)
     whole = "lora" in draft.tree and draft.tree["lora"] is None
     parts = {key: None if key == "lora" and whole else draft.section(kind, key) for key, kind in SECTIONS.items()}
     trusted = draft.trusted()
@@ -68,13 +79,13 @@ def load_recipe(
 class Draft:
     """A recipe as it was written: the tree of its values, the line of every key, and the problems found so far."""
 
-    def __init__(self, file: Path):
-        """Raises RecipeError if the file is not readable YAML."""
+    def __init__(self, file: Path, text: bytes | str):
+        """Raises RecipeError if the text, which is the file's, is not readable YAML."""
         self.file, self.lines = file, {}  # lines: keys -> line; 0 is the command line
         self.values: dict[str, Any] = {}  # by dotted key, those that are right in themselves
         self.problems: list[tuple[int, str]] = []
         try:
-            loader = yaml.SafeLoader(file.read_bytes())
+            loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
             self.tree = self._read(loader, root, ()) if root else {}
         except yaml.YAMLError as error:
@@ -225,9 +236,22 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def from_tree(tree: Mapping[str, Any], file: Path) -> Recipe:
+    """The recipe that `to_tree` gave, found in a file; its data need not be there.
+
+    Raises:
+        RecipeError: it is none, or none of this version's.
+    """
+    return read_recipe(_yaml(tree), file, data=False)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every key written out; load_recipe reads the same recipe from it."""
-    return yaml.dump(to_tree(recipe), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return _yaml(to_tree(recipe))
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -20,11 +20,12 @@ from .errors import Diverged, UserError
 from .evaluate.grid import Samples
 from .evaluate.table import evaluate
 from .export import write_card, write_export
-from .inference import SIDECAR, read_export, recipe_hash, serving
+from .inference import recipe_hash, serving
 from .machine import check_machine
 from .pairs import make_pairs
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
+from .sidecar import SIDECAR, read_export
 from .trainer import Trainer
 
 FREE = ("train.steps", "train.save_every", "data.cache", "eval")  # keys that a run may change when it goes on

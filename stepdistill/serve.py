@@ -17,9 +17,9 @@ from . import distributed
 from .errors import UserError
 from .families.load import load_pipeline_folder, quiet
 from .families.loras import fuse_loras, load_kohya
-from .inference import WHOLE, Serving, find_export, read_export
 from .lora_files import network_state
 from .roles import wear_lora
+from .sidecar import WHOLE, Serving, find_export, read_export
 
 SUFFIXES = {False: (".png",), True: (".webp", ".png", ".gif")}  # of pictures, and of videos; the first is written unasked
 

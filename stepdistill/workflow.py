@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .inference import Serving
+from .sidecar import Serving
 
 NAME = "comfyui_workflow.json"
 WIDTH, GAP = 320, 60  # of a column of nodes, in pixels

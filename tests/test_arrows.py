@@ -25,7 +25,7 @@ DOORS = {  # third-party package: the rooms that may import it
     "yaml": {"recipe"},
     "peft": {"roles"},
     "accelerate": {"distributed"},
-    "diffusers": {"families", "samplers", "evaluate", "export", "inference", "serve", "meta", *MAKERS},
+    "diffusers": {"families", "samplers", "evaluate", "export", "serve", "meta", *MAKERS},
     "transformers": {"families", "evaluate", "meta", *MAKERS},
     "tensorboard": {"show"},
     "huggingface_hub": {"push", "families"},
@@ -72,6 +72,9 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "roles": NUMBERS | {"errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},
     "perceptual": {"errors"},
+    "sidecar": {"errors", "lora_sources", "samplers", "sources"},
+    "lora_files": {"sidecar"},
+    "export_weights": {"errors", "families", "lora_files", "sidecar"},
     "strategies": MODEL | {"perceptual"},
     "families": NUMBERS | {"errors", "extras", "sources", "lora_sources", "kohya", "fields"},
 }

@@ -14,7 +14,8 @@ from stepdistill.card import card
 from stepdistill.card_notes import combining, quoted
 from stepdistill.export import lora_state, stock_latents, write_card
 from stepdistill.families.load import load_pipeline_folder, quiet
-from stepdistill.inference import read_export, serving
+from stepdistill.inference import serving
+from stepdistill.sidecar import read_export
 
 
 def test_the_card(made, tmp_path):

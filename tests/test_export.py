@@ -17,9 +17,9 @@ from students import CASES, PROMPTS, noise, student
 from stepdistill import checkpoint, export, serve
 from stepdistill.errors import UserError
 from stepdistill.export import ExportMismatch, check_export, export_run, trainers_latents, write_export
-from stepdistill.inference import read_export
 from stepdistill.sampling import sample
 from stepdistill.serve import load_pipeline, sample_run
+from stepdistill.sidecar import read_export
 
 PLAIN = """
 import json, os, pathlib, re, sys

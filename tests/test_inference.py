@@ -5,8 +5,9 @@ import pytest
 from students import PROMPTS, student
 
 from stepdistill.errors import UserError
-from stepdistill.inference import Serving, find_export, read_export, serving
+from stepdistill.inference import serving
 from stepdistill.sampling import Hop, Inference
+from stepdistill.sidecar import Serving, find_export, read_export
 from stepdistill.strategies import BOOT
 
 

@@ -12,8 +12,8 @@ from students import noise
 
 from stepdistill import export
 from stepdistill.export import write_export
-from stepdistill.inference import read_export
 from stepdistill.lora_files import kohya_header
+from stepdistill.sidecar import read_export
 
 
 def test_the_diffusers_file(made):

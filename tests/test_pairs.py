@@ -20,12 +20,12 @@ from stepdistill.data.texts import encode_texts
 from stepdistill.errors import UserError
 from stepdistill.export import write_export
 from stepdistill.families.load import load_pipeline_folder
-from stepdistill.inference import read_export
 from stepdistill.pairs import make_pairs
 from stepdistill.recipe import dump_recipe, load_recipe
 from stepdistill.runs import train
 from stepdistill.sampling import sample
 from stepdistill.show import Line
+from stepdistill.sidecar import read_export
 from stepdistill.sources import PAIRS
 from stepdistill.strategies import STRATEGIES
 

@@ -10,8 +10,8 @@ from students import student
 
 from stepdistill.errors import UserError
 from stepdistill.export import write_export
-from stepdistill.inference import Serving, read_export
 from stepdistill.push import push
+from stepdistill.sidecar import Serving, read_export
 
 
 class Hub:

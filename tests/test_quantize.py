@@ -19,10 +19,10 @@ from stepdistill.errors import UserError
 from stepdistill.export import stock_latents, trainers_latents, write_export
 from stepdistill.families.load import load_pipeline_folder
 from stepdistill.families.quantize import without_gpu
-from stepdistill.inference import read_export
 from stepdistill.recipe import load_recipe
 from stepdistill.roles import enable_checkpointing
 from stepdistill.serve import open_export
+from stepdistill.sidecar import read_export
 from stepdistill.trainer import Trainer
 
 KINDS = ("int8", "nf4")

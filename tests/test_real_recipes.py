@@ -8,11 +8,11 @@ from PIL import Image
 from pipelines import flux, qwen_image, sana, sd, sd3, sdxl, wan, z_image
 from safetensors.torch import load_file
 
-from stepdistill.inference import read_export
 from stepdistill.recipe import load_recipe
 from stepdistill.runs import train
 from stepdistill.schedules import RectifiedFlow
 from stepdistill.serve import sample_run
+from stepdistill.sidecar import read_export
 
 HERE = Path(__file__).resolve().parent.parent / "recipes"
 RECIPES = {file.stem: file for file in sorted(HERE.glob("*.yaml")) if "source: stepdistill/" not in file.read_text()}

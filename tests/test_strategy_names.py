@@ -18,8 +18,8 @@ from stepdistill.cli import main
 from stepdistill.data import build_batches
 from stepdistill.errors import UserError
 from stepdistill.export import write_export
-from stepdistill.inference import read_export
 from stepdistill.recipe import dump_recipe
+from stepdistill.sidecar import read_export
 from stepdistill.strategies import STRATEGIES, Strategy
 from stepdistill.strategy_names import find_strategy, strategy_name
 from stepdistill.trainer import Trainer

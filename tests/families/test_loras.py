@@ -13,8 +13,8 @@ from stepdistill.errors import UserError
 from stepdistill.export import trainers_latents, write_export
 from stepdistill.families.load import quiet
 from stepdistill.families.loras import fuse_loras
-from stepdistill.inference import read_export
 from stepdistill.lora_sources import find_lora
+from stepdistill.sidecar import read_export
 
 
 def fused(pipe, *names):

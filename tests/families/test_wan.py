@@ -20,13 +20,14 @@ from stepdistill.export import ExportMismatch, check_export, write_export
 from stepdistill.families import FAMILIES, Wan
 from stepdistill.families.load import check_size
 from stepdistill.families.wan import Experts
-from stepdistill.inference import read_export, serving, wearers
+from stepdistill.inference import serving, wearers
 from stepdistill.lora_sources import NAME
 from stepdistill.roles import Denoiser, build_roles, enable_checkpointing
 from stepdistill.sampling import Inference
 from stepdistill.schedules import RectifiedFlow
 from stepdistill.serve import sample_run
 from stepdistill.show import Line
+from stepdistill.sidecar import read_export
 
 VARIANTS = {"one": {}, "experts": {"boundary_ratio": 0.875}, "token_times": {"expand_timesteps": True}}
 HOW = {"height": 32, "width": 32, "num_frames": 5}
