@@ -85,12 +85,26 @@ def build_parser() -> argparse.ArgumentParser:
         verbs.sample,
         "Draw a picture, or a video.",
         'stepdistill sample runs/quickstart --prompt "a large red circle on a plain background" --steps 2',
+        'stepdistill sample runs/quickstart --prompt "a small blue star" --show-steps',
+        'stepdistill sample runs/quickstart --prompt "a small blue star" --base-first-steps 1 --seed 3',
     )
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
     made.add_argument("--prompt", required=True, metavar="TEXT")
     made.add_argument("--steps", type=positive, metavar="N", help="otherwise the number the student was made for")
     made.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
     made.add_argument("--out", type=Path, metavar="FILE", help="the picture (.png) or video (.webp, .png, .gif) to write")
+    made.add_argument(
+        "--show-steps",
+        action="store_true",
+        help="draw what the student, and its base model, take the picture to be at every step, in one .png (arXiv:2503.10637)",
+    )
+    made.add_argument(
+        "--base-first-steps",
+        type=whole,
+        metavar="K",
+        help="let the base model, guided, take the first K steps: costlier, sometimes more diverse (arXiv:2503.10637); 0 draws "
+        "what is drawn without this option, but for pipelines that pack their noise, such as FLUX's",
+    )
 
     made = verb("eval", verbs.eval_, "Measure a student beside its teacher.", "stepdistill eval runs/quickstart")
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
@@ -197,6 +211,13 @@ def floats(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} must be numbers with commas between them, as in 1.0,0.7") from None
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 0")
+    return int(text)
 
 
 def positive(text: str) -> int:

@@ -34,7 +34,7 @@ from .errors import UserError
 from .evaluate.walks import to_pixels
 from .export_files import WRITERS, lora_state, names
 from .families.load import quiet
-from .inference import serving
+from .inference import pipeline_normal, serving
 from .sampling import sample
 from .serve import open_export
 from .sidecar import SIDECAR, Serving, read_export
@@ -185,17 +185,12 @@ def trainers_latents(distillation: Distillation, told: Serving, noise: Tensor) -
     plain = {student: dataclasses.replace(roles[student], precision=None) for student in told.students}
     roles = roles.swap(**plain)  # a stock pipeline has no autocast
     device, dtype = family.pipe.device, getattr(torch, told.dtype)
-    generator = torch.Generator().manual_seed(SEED)
-
-    def draw(x: Tensor) -> Tensor:
-        if told.reseed:
-            return torch.randn(x.shape, device=device)
-        return torch.randn(x.shape, generator=generator, dtype=dtype).to(x)
-
+    how = distillation.inference()
+    draw = pipeline_normal(family, dtype, torch.Generator().manual_seed(SEED), how)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         cond = family.encode_prompts(list(told.prompts))
-        return sample(roles, distillation.inference(), noise.to(device, dtype).float(), cond, draw).cpu().float()
+        return sample(roles, how, noise.to(device, dtype).float(), cond, draw).cpu().float()
 
 
 def stock_latents(pipe: diffusers.DiffusionPipeline, told: Serving, noise: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .families.base import Family
 from .lora_sources import find_lora
 from .recipe import Recipe, dump_recipe, strategy_name, to_tree
 from .samplers import Sampler, find_sampler
-from .sampling import Inference
+from .sampling import Inference, Normal
 from .sidecar import Part, Serving
 from .sources import EMBEDDED, embedded_models
 
@@ -88,7 +88,7 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         samplers=dict(sorted(samplers.items())),
         worn=worn,
         call=family.sampler_call | ({} if how.guidance is None else {"guidance_scale": how.guidance}) | size,
-        reseed=how.draws and not family.passes_generator,
+        reseed=reseeds(family, how),
         lora=lora,
         prompts=tuple((recipe.eval.prompts or read_prompts(recipe.data.prompts, 2))[:2]),
         versions={"stepdistill": __version__} | {name: metadata.version(name) for name in packages},
@@ -97,6 +97,20 @@ def serving(distillation: Distillation, steps: int | None = None) -> Serving:
         loras=tuple(find_lora(lora) for lora in recipe.model.loras),
         quantize=recipe.model.quantize,
     )
+
+
+def pipeline_normal(family: Family, dtype: torch.dtype, generator: torch.Generator, how: Inference) -> Normal:
+    """New noise as a scheduler in the stock pipeline draws it: from the generator of the caller or, where the pipeline does not
+    hand that on, from the state that torch.manual_seed sets."""
+    device = family.pipe.device
+    if reseeds(family, how):
+        return lambda x: torch.randn(x.shape, device=device)
+    return lambda x: torch.randn(x.shape, generator=generator, dtype=dtype).to(x)
+
+
+def reseeds(family: Family, how: Inference) -> bool:
+    """Whether the stock pipeline keeps its generator from a scheduler that draws."""
+    return how.draws and not family.passes_generator
 
 
 def wearers(family: Family, how: Inference) -> tuple[Part, ...]:

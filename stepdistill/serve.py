@@ -122,18 +122,9 @@ def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, 
     Raises:
         UserError: an empty prompt, a seed or number of steps that does not exist, or an `out` that cannot be written.
     """
-    if not prompt.strip():
-        raise UserError("--prompt is empty; say what to draw")
-    if not -(2**63) <= seed < 2**64:
-        raise UserError(f"--seed {seed} is not a 64-bit number")
+    check_request(prompt, seed)
     told = read_export(find_export(run)).at(steps)
-    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
-    suffixes = SUFFIXES[told.frames is not None]
-    out = out or Path(f"{words}_{told.steps}steps_seed{seed}{suffixes[0]}")
-    if out.suffix.lower() not in suffixes:
-        raise UserError(f"--out {out} must end in {' or '.join(suffixes)}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
+    out = destination(out, f"{words(prompt)}_{told.steps}steps_seed{seed}", SUFFIXES[told.frames is not None])
     pipe = load_pipeline(run, steps)
     with torch.random.fork_rng():  # one seed for the pipeline's generator and for schedulers that take no generator
         made = pipe(prompt=prompt, generator=torch.manual_seed(seed), output_type="pil", return_dict=False, **told.arguments)[
@@ -143,4 +134,31 @@ def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, 
         made.save(out)
     else:
         made[0].save(out, save_all=True, append_images=made[1:], **told.animation)
+    return out
+
+
+def check_request(prompt: str, seed: int) -> None:
+    """Raises UserError for an empty prompt and for a seed that does not exist."""
+    if not prompt.strip():
+        raise UserError("--prompt is empty; say what to draw")
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"--seed {seed} is not a 64-bit number")
+
+
+def words(prompt: str) -> str:
+    """A prompt as a part of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def destination(out: Path | None, name: str, suffixes: Sequence[str]) -> Path:
+    """Where a picture is written: `out`, or (None) a file of that name and the first suffix where the command runs.
+
+    Raises:
+        UserError: it has none of the suffixes, or lies in no folder.
+    """
+    out = out or Path(f"{name}{suffixes[0]}")
+    if out.suffix.lower() not in suffixes:
+        raise UserError(f"--out {out} must end in {' or '.join(suffixes)}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
     return out

@@ -31,9 +31,15 @@ def _plan(recipe) -> str:
 
 
 def sample(args) -> None:
+    asked = args.folder, args.prompt, args.steps, args.seed, args.out
+    if args.show_steps or args.base_first_steps is not None:
+        from .stepwise import sample_stepwise
+
+        print(sample_stepwise(*asked, args.base_first_steps or 0, args.show_steps))
+        return
     from .serve import sample_run
 
-    print(sample_run(args.folder, args.prompt, args.steps, args.seed, args.out))
+    print(sample_run(*asked))
 
 
 def eval_(args) -> None:

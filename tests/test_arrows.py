@@ -85,6 +85,7 @@ NEVER = {  # room: rooms that it must not import
     "export": {"trainer", "cli", "runs"},
     "inference": {"trainer", "evaluate", "cli", "runs"},
     "serve": {"trainer", "evaluate", "export", "cli", "runs"},
+    "stepwise": {"trainer", "export", "cli", "runs"},
 }
 
 

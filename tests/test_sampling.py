@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from worlds import F64, FLOW, PROCESSES, SD_SCHEDULER, SHIFTED, VP, Consistency, Gaussian, Mixture, Solver, play, spread
 
-from stepdistill.sampling import Hop, Inference, rollout, sample, trailing
+from stepdistill.sampling import Hop, Inference, base_first, rollout, sample, trailing, walk
 
 M, C = 0.7, 0.5
 EVERY = pytest.mark.parametrize(("schedule", "kind"), PROCESSES)
@@ -184,6 +184,65 @@ def test_hops_name_their_role_time_and_guidance():
     sample(roles, how, NOISE, cond, null=null)
     assert [call[:2] for call in roles.teacher.net.calls] == [(1.0, 6)] * 2
     assert [call[0] for call in roles.student.net.calls] == pytest.approx([0.6, 0.3])
+
+
+def test_base_first():
+    """The first two of four steps are the guided teacher's, at a doubled batch, the others the student's; at no other times."""
+    roles = play(FLOW, "flow", Spy(None, C), student=Spy(M, C))
+    cond, null = ({"mean": torch.full((3, 1), m, dtype=F64)} for m in (1.0, -0.5))
+    plain = Inference(hops(FLOW, 4), renoise=False)
+    sample(roles, base_first(plain, 2, 4.0), NOISE, cond, null=null)
+    assert [call[:2] for call in roles.teacher.net.calls] == [(1.0, 6), (0.75, 6)]
+    assert [call[:2] for call in roles.student.net.calls] == [(0.5, 3), (0.25, 3)]
+    assert base_first(plain, 0, 4.0) == plain and base_first(plain, 3, 1.0).hops[3:] == plain.hops[3:]
+    for k in (4, 5, -1):
+        with pytest.raises(ValueError, match=f"^{k} of 4 steps by the base leave none to the student; it can be 0 to 3$"):
+            base_first(plain, k, 4.0)
+
+
+@EVERY
+@pytest.mark.parametrize("how", [{}, {"renoise": False}, {"eta": 1.0}])
+def test_the_bases_steps_are_deterministic_whatever_the_students_are(schedule, kind, how):
+    """With an exact base: from the ODE's first-order step on, only the student's steps draw."""
+    roles, drawn = play(schedule, kind, Gaussian(M, C), student=Consistency(M, C)), []
+    mixed = base_first(Inference(hops(schedule, 3), **how), 1, 1.0)
+    made = [x for _, x in walk(roles, mixed, NOISE, {}, lambda x: drawn.append(1) or torch.ones_like(x))]
+    (a, s), (b, r) = (schedule.alpha_sigma(torch.tensor([hop.time], dtype=F64)) for hop in mixed.hops[:2])
+    x0, eps = Gaussian(M, C)(NOISE, a, s, {})
+    assert torch.allclose(made[0], b * x0 + r * eps, rtol=1e-9) and len(drawn) == (how.get("renoise", True))
+    after = list(walk(roles, Inference(mixed.hops[1:], **how), made[0], {}, torch.ones_like))
+    assert torch.equal(after[-1][1], made[-1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_teacher_hears_neither_a_students_time_nor_its_guidance(scale):
+    roles = play(FLOW, "flow", Spy(M, C), student=Spy(M, C))
+    how = Inference(hops(FLOW, 2), renoise=False, told=0.3, guidance=7.5)
+    sample(roles, base_first(how, 1, scale), NOISE, {"x": NOISE}, null={"x": NOISE})
+    assert [call[0] for call in roles.teacher.net.calls] == [1.0] and "guidance" not in roles.teacher.net.calls[0][2]
+    assert [call[0] for call in roles.student.net.calls] == pytest.approx([0.3])
+    assert roles.student.net.calls[0][2]["guidance"].tolist() == [7.5] * 3
+
+
+@EVERY
+@pytest.mark.parametrize("how", [{}, {"renoise": False}, {"eta": 0.3}])
+def test_walk_shows_every_prediction_on_the_way_of_sample(schedule, kind, how):
+    """The first of an exact teacher is the posterior mean of pure noise; of the last sampling is made, with the same draws."""
+    roles, how = play(schedule, kind, Gaussian(M, C)), Inference(trailing(schedule.grid(3), "teacher"), **how)
+    if how.eta and schedule is not VP:
+        how = Inference(how.hops, eta=1.0)
+    generators = [torch.Generator().manual_seed(1) for _ in range(3)]
+    normals = [lambda x, g=g: torch.randn(x.shape, generator=g, dtype=F64) for g in generators]
+    made = list(walk(roles, how, NOISE, {}, normals[0]))
+    a, s = (c.item() for c in schedule.alpha_sigma(torch.ones(1, dtype=F64)))
+    mean = M + a * C**2 / (a**2 * C**2 + s**2) * (NOISE - a * M)
+    assert len(made) == 3 and torch.allclose(made[0][0].x0, mean, rtol=1e-9)
+    assert torch.equal(made[-1][1], sample(roles, how, NOISE, {}, normals[1]))
+    assert torch.equal(made[0][1], rollout(roles, how, NOISE, {}, normals[2], 1)[0])
+    if how.eta is None:
+        assert torch.equal(made[-1][1], made[-1][0].x0)
+    t = NOISE.new_full([3], how.hops[1].time)
+    assert torch.allclose(made[1][0].x0, roles.teacher(made[0][1], t, {}).x0, rtol=1e-12)
 
 
 def test_told_is_what_the_network_hears():
