@@ -19,6 +19,7 @@ from .sources import TINY, embedded_models
 NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchmetrics", "PyYAML", "pillow")
 OPTIONAL = {  # package: what it is for, how to get it
     "tensorboard": "curves in a browser: pip install 'stepdistill[track]'",
+    "wandb": "curves at Weights & Biases: pip install 'stepdistill[track]'",
     "pyarrow": "Parquet and Arrow files: pip install 'stepdistill[data]'",
     "open_clip_torch": "CLIP scores: pip install 'stepdistill[eval]'",
     "triton": "fused kernels on a GPU: pip install 'stepdistill[kernels]'",

@@ -6,7 +6,11 @@ import importlib.util
 
 from .errors import UserError
 
-EXTRAS = {"torchao": "quantize", "bitsandbytes": "quantize", "xformers": "xformers"}  # package: extra
+EXTRAS = {  # package: extra
+    **dict.fromkeys(("torchao", "bitsandbytes"), "quantize"),
+    "xformers": "xformers",
+    **dict.fromkeys(("tensorboard", "wandb"), "track"),
+}
 
 
 def installed(package: str) -> bool:

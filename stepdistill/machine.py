@@ -11,14 +11,16 @@ from . import distributed
 from .errors import UserError
 from .extras import require
 from .sections import Recipe
+from .trackers import check_trackers
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Raises UserError for a package, a compiler or a type of numbers that this machine lacks."""
+    """Raises UserError for a package, a key, a compiler or a type of numbers that this machine lacks."""
     if recipe.optim.optimizer == "adamw8bit":
         require("bitsandbytes", "optim.optimizer adamw8bit")
     if recipe.train.attention == "xformers":
         require("xformers", "train.attention xformers")
+    check_trackers(recipe)
     if recipe.train.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         raise UserError("train.compile true needs a C++ compiler, and there is none; install g++, or set it to false")
     device = distributed.device()

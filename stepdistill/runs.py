@@ -26,9 +26,10 @@ from .pairs import make_pairs
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, clock, summary
 from .sidecar import SIDECAR, read_export
+from .trackers import Trackers, tracking
 from .trainer import Trainer
 
-FREE = ("train.steps", "train.save_every", "data.cache", "eval")  # keys that a run may change when it goes on
+FREE = ("train.steps", "train.save_every", "train.trackers", "data.cache", "eval")  # keys that a run may change when it goes on
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,14 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
         trainer.load(start)
         line.say(f"going on from {start} at step {trainer.at}")
     samples = Samples(distillation, run.folder / "samples", line)
-    with placed(idle(distillation), devices.IDLE):
-        loop(run, trainer, samples, line)
+    with tracking(recipe, run.folder, trainer.at, line) as trackers:
+        with placed(idle(distillation), devices.IDLE):
+            loop(run, trainer, samples, trackers, line)
 
-    line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
-    if recipe.eval.n:
-        evaluate(distillation, run.folder / "eval", line)
-        write_card(run.export, run.folder)
+        line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
+        if recipe.eval.n:
+            trackers.figures(evaluate(distillation, run.folder / "eval", line), trainer.at)
+            write_card(run.export, run.folder)
     return run
 
 
@@ -109,13 +111,13 @@ def idle(distillation: Distillation) -> list[nn.Module]:
     return family.encoders + ([] if distillation.strategy.decodes else [family.pipe.vae])
 
 
-def loop(run: Run, trainer: Trainer, samples: Samples, line: Line) -> None:
+def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, line: Line) -> None:
     """Step until train.steps, with the log, sample grids and checkpoints on the way."""
     recipe = trainer.recipe
     main = distributed.rank() == 0
     log, began, first = Log(run.folder, trainer.at), time.monotonic(), trainer.at
     if recipe.eval.every and trainer.at == 0 and main:
-        samples(0)
+        trackers.grid(samples(0), 0)
     with stopping() as stop:
         while trainer.at < recipe.train.steps:
             stage = trainer.stage
@@ -128,6 +130,7 @@ def loop(run: Run, trainer: Trainer, samples: Samples, line: Line) -> None:
                 line.say(f"stage {trainer.stage + 1} of {trainer.strategy.stages}")
             seconds = time.monotonic() - began
             log(trainer.at, seconds, values)
+            trackers.log(values, trainer.at)
             left = seconds / (trainer.at - first) * (recipe.train.steps - trainer.at)
             line(summary(trainer.at, recipe.train.steps, left, values), final=trainer.at == recipe.train.steps)
             done = trainer.at == recipe.train.steps
@@ -137,7 +140,7 @@ def loop(run: Run, trainer: Trainer, samples: Samples, line: Line) -> None:
                 line.say(f"stopped at step {trainer.at}; saved {path}. The same command goes on from there.")
                 raise KeyboardInterrupt
             if recipe.eval.every and main and (done or trainer.at % recipe.eval.every == 0):
-                samples(trainer.at)
+                trackers.grid(samples(trainer.at), trainer.at)
     log.close()
     line.say(f"trained {trainer.at - first} steps in {clock(time.monotonic() - began)}")
 

@@ -99,6 +99,9 @@ class Train:
     compile: bool = False  # torch.compile of the network's repeated blocks: minutes at first, then quicker steps
     attention: Literal["xformers"] | None = None  # kernels of attention in the network; null: PyTorch's own
     ema: float | None = ranged(None, above=0, below=1)  # decay of the average that is evaluated and exported
+    # who else keeps curves, samples and figures, in the run's folder; null: TensorBoard where it is installed; []: nobody.
+    # wandb is offline (later: wandb sync) unless the variable WANDB_MODE says online
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] | None = None
 
 
 @dataclass(frozen=True)

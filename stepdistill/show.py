@@ -1,4 +1,4 @@
-"""What a run shows while it works: one live line, log.jsonl, and TensorBoard where it is installed."""
+"""What a run shows while it works: one live line, and log.jsonl."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 
 def clock(seconds: float) -> str:
@@ -62,19 +62,13 @@ class Log:
         kept = [line for line in path.read_text().splitlines() if _step(line) <= at] if path.is_file() else []
         path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a")
-        self.board = _board(folder)
 
     def __call__(self, step: int, seconds: float, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         self.file.flush()
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
 
 
 def _step(line: str) -> float:
@@ -83,14 +77,6 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return float("inf")
-
-
-def _board(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def summary(at: int, steps: int, left: float, values: dict[str, float]) -> str:
