@@ -71,7 +71,8 @@ def test_a_stopped_run_saves_and_the_same_command_ends_as_if_it_had_not_stopped(
     stopped = Run(recipe_file.parents[1] / "stopped")
     assert stopped.step == 3
     assert main(command) == 0
-    assert all(torch.equal(x, weights(stopped)[name]) for name, x in weights(whole).items())
+    reached = weights(stopped)
+    assert all(torch.equal(x, reached[name]) for name, x in weights(whole).items())
     steps = [json.loads(line)["step"] for line in (stopped.folder / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 

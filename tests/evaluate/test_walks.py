@@ -34,12 +34,12 @@ def test_the_stock_first_order_solver_walks_as_our_own_hops_do(tmp_path, teacher
 
 
 @pytest.mark.parametrize("teacher", ["v", "shift1"])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_every_solver_comes_to_the_same_place_with_many_steps(tmp_path, teacher, solver):
+def test_every_solver_comes_to_the_same_place_with_many_steps(tmp_path, teacher):
     made = student(tmp_path, teacher)
-    far, near = (latents(made, teacher_walk(made, solver, steps, 1.0)) for steps in (2, 50))
-    truth = latents(made, teacher_walk(made, "first order", 250, 1.0))
-    assert (near - truth).norm() < 0.5 * (far - truth).norm()
+    truth = latents(made, teacher_walk(made, "first order", 120, 1.0))
+    for solver in SOLVERS:
+        far, near = (latents(made, teacher_walk(made, solver, steps, 1.0)) for steps in (2, 30))
+        assert (near - truth).norm() < 0.5 * (far - truth).norm(), solver
 
 
 def test_unknown_solver_is_refused(tmp_path):

@@ -83,9 +83,13 @@ def wrapped(name: str) -> str:
 
 BOTH = [(case, network) for case in CASES for network in NETWORKS]
 BOTH.remove(("dmd2, decoupled", "flux"))  # its guidance is distilled: there is none to decouple
+# every time: each strategy on a schedule of either kind, and on each network a score, a derivative, a discriminator, phases
+EVERYWHERE = ("dmd2, gan", "rcm", "phased_dmd")
+ALWAYS = [(case, network) for case, network in BOTH if network in ("sd", "sd3") or case in EVERYWHERE]
+EVERY = [pair if pair in ALWAYS else pytest.param(*pair, marks=pytest.mark.long) for pair in BOTH]
 
 
-@pytest.mark.parametrize(("case", "network"), BOTH)
+@pytest.mark.parametrize(("case", "network"), EVERY)
 def test_one_step(case, network):
     losses, moved, trained = step(copy.deepcopy(CASES[case]), network, checkpointing=False)
     assert all(torch.tensor(loss).isfinite() for loss in losses.values()) and "student" in losses
