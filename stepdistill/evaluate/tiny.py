@@ -45,7 +45,7 @@ class Result(Alignment):
 
     n: int  # pictures behind fd and alignment
     fd: float
-    fd_low: float  # 95 % bootstrap interval; a limit must hold for fd_high
+    fd_low: float  # 95 % interval; a limit must hold for fd_high
     fd_high: float
     floor: float  # FD of n drawings of the same captions: nothing can be expected below
     diversity: float | None  # 1 is as diverse as drawings; the mean of the three below

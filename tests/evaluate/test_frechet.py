@@ -1,9 +1,16 @@
 """The Frechet distance against closed forms, and its interval against repetition."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+import torch
 
-from stepdistill.evaluate.frechet import Moments, frechet, frechet_interval, moments
+from stepdistill.errors import UserError
+from stepdistill.evaluate.frechet import Moments, bias, frechet, frechet_interval, influence, moments, needed
+from stepdistill.tiny.judge import load_judge, to_net
+from stepdistill.tiny.make.judge import blurred
+from stepdistill.tiny.world import draw, scenes
 
 RNG = np.random.default_rng(0)
 
@@ -56,18 +63,100 @@ def test_interval_covers_what_other_samples_give():
     """The mean FD over many samples of N lies in a sample's interval about 95 times in a hundred."""
     rng = np.random.default_rng(1)
     reference = Moments(np.zeros(4), np.eye(4))
-    runs = [frechet_interval(rng.normal(0.15, 1.1, size=(200, 4)), reference, resamples=80, seed=i) for i in range(40)]
+    runs = [frechet_interval(rng.normal(0.15, 1.1, size=(200, 4)), reference) for _ in range(120)]
     truth = np.mean([fd for fd, _, _ in runs])
     assert all(0 <= low <= fd <= high for fd, low, high in runs)
-    assert 0.85 <= np.mean([low <= truth <= high for _, low, high in runs]) < 1
+    assert 0.88 <= np.mean([low <= truth <= high for _, low, high in runs]) < 1
     spread = np.std([fd for fd, _, _ in runs])
-    assert 0.6 < np.mean([high - low for _, low, high in runs]) / (3.92 * spread) < 1.5
+    assert 0.8 < np.mean([high - low for _, low, high in runs]) / (3.92 * spread) < 1.3
 
 
-def test_interval_is_deterministic_in_its_seed():
-    x, reference = RNG.normal(size=(64, 3)), Moments(np.zeros(3), np.eye(3))
-    assert frechet_interval(x, reference, seed=4) == frechet_interval(x, reference, seed=4)
-    assert frechet_interval(x, reference, seed=4) != frechet_interval(x, reference, seed=5)
+def test_influence_is_the_derivative_by_a_row_s_weight():
+    """Giving row i the share e more of all weight changes FD by e times its influence."""
+    x, c = RNG.normal(0.3, 1, size=(500, 3)) @ spd(3) / 3, spd(3)
+    reference = Moments(torch.zeros(3, dtype=torch.float64), torch.from_numpy(c))
+    got, n, e = influence(x, reference), len(x), 1e-5
+
+    def weighted(i, e):
+        p = np.full(n, (1 - e) / n) + e * (np.arange(n) == i)
+        mean = p @ x
+        return frechet(mean, (x - mean).T @ ((x - mean) * p[:, None]) * n / (n - 1), np.zeros(3), c)
+
+    want = np.array([(weighted(i, e) - weighted(i, -e)) / (2 * e) for i in range(10)])
+    np.testing.assert_allclose(got[:10], want, atol=0.01 * got.std().item())
+    assert got.mean().abs() < 0.01 * got.std()
+
+
+def test_samples_of_known_gaussians_lie_above_the_exact_distance_by_the_bias():
+    """To order 1/n, for n pictures against exact moments and against another sample."""
+    n, d = 400, 6
+    near = spd(d) / d + np.eye(d)  # so near that the bias is not lost in the spread
+    one, two = (Moments(*map(torch.from_numpy, (np.full(d, m), near + c * spd(d)))) for m, c in ((0, 0.0), (0.05, 0.02)))
+    exact = frechet(*one, *two)
+    roots = [np.linalg.cholesky(at.cov.numpy()) for at in (one, two)]
+
+    def sample(at, root, n):
+        return moments(at.mean.numpy() + RNG.normal(size=(n, d)) @ root.T)
+
+    alone = [frechet(*sample(one, roots[0], n), *two) - exact for _ in range(150)]
+    both = [frechet(*sample(one, roots[0], n), *sample(two, roots[1], 2 * n)) - exact for _ in range(150)]
+    for errors, want in ((alone, bias(one, two, n)), (both, bias(one, two, n) + bias(two, one, 2 * n))):
+        error = np.std(errors) / len(errors) ** 0.5
+        assert want > 10 * error  # so that no bias, or half of it, would fail
+        assert np.mean(errors) == pytest.approx(want, abs=3 * error + 0.03 * want)
+
+
+def test_bias_in_one_dimension():
+    """Var mean = c1 / n, and the mean of the root of a variance lies below it by sqrt(c1) / (4 n)."""
+    one, two = ([[9.0]], [[4.0]])
+    assert bias(Moments([0.0], one), Moments([5.0], two), 100) == pytest.approx((9 + 3 * 2 / 2) / 100)
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """(the judge's features of pictures, 320 drawings)."""
+    judge = load_judge()
+    return (lambda images: judge.features(to_net(images))), draw(scenes(320, 5), 5).images
+
+
+def test_halves_of_one_set_are_near_zero(drawings):
+    """Of one law: what is left is the bias, which falls as 1/n."""
+    features, images = drawings
+    rows = features(images)
+    a, b = moments(rows[::2]), moments(rows[1::2])
+    assert frechet(*a, *a) == pytest.approx(0, abs=1e-6)
+    halves, quarters = frechet(*a, *b), frechet(*moments(rows[:160:2]), *moments(rows[1:160:2]))
+    assert halves < 1.2 * (bias(a, b, 160) + bias(b, a, 160)) and 1.4 < quarters / halves < 3
+    many = RNG.normal(size=(20_000, 8))
+    assert frechet(*moments(many[::2]), *moments(many[1::2])) < 0.01
+
+
+def test_distance_grows_with_blur_noise_and_a_shift_of_colour(drawings):
+    features, images = drawings
+    reference = moments(features(images))
+    images = images[:96]
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    grain, red = np.random.default_rng(3).normal(size=images.shape), np.array([1.0, 0, 0])
+    damaged = {
+        "blur": lambda k: blurred(x, torch.full((len(x),), 1.1 * k)).permute(0, 2, 3, 1).numpy(),
+        "noise": lambda k: images + 8 * k * grain,
+        "colour": lambda k: images + 25 * k * red,
+    }
+    least = frechet(*moments(features(images)), *reference)
+    for name, damage in damaged.items():
+        pictures = [damage(k).round().clip(0, 255).astype(np.uint8) for k in (1, 2, 3)]
+        found = [least, *(frechet(*moments(features(one)), *reference) for one in pictures)]
+        assert all(b > 1.1 * a for a, b in pairwise(found)), (name, found)
+
+
+def test_too_few_pictures_are_refused():
+    reference = Moments(np.zeros(4), np.eye(4))
+    assert needed(4) == 5
+    assert frechet_interval(RNG.normal(size=(5, 4)), reference)[0] > 0
+    with pytest.raises(UserError, match=r"4 pictures are too few.* in 4 features: give at least 5"):
+        frechet_interval(RNG.normal(size=(4, 4)), reference)
+    with pytest.raises(UserError, match=r"at least 2049, .* 10,000"):
+        frechet_interval(np.zeros((9, 2048)), Moments(np.zeros(2048), np.zeros((2048, 2048))))
 
 
 def test_bad_input_is_refused():
