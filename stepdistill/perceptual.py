@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .errors import UserError
 
 INSTALL = "install it: pip install 'stepdistill[lpips]'"
+WEIGHTS = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 def installed() -> bool:
@@ -26,20 +27,36 @@ def network(device: torch.device) -> nn.Module:
     """LPIPS with VGG, frozen and in evaluation mode; its first use downloads VGG's weights.
 
     Raises:
-        UserError: the package lpips is not installed.
+        UserError: the package lpips is not installed, or VGG's weights are neither there nor can be downloaded.
     """
     try:
         import lpips
     except ModuleNotFoundError as error:
         raise UserError(f"LPIPS needs the package {error.name}, which is not installed; {INSTALL}") from None
-    return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
+    try:
+        made = lpips.LPIPS(net="vgg", verbose=False)
+    except OSError as error:
+        raise UserError(
+            f"LPIPS needs VGG's weights, and the download failed ({error}); get {WEIGHTS} where there is a network, "
+            f"and put it into {torch.hub.get_dir()}/checkpoints"
+        ) from None
+    return made.to(device).eval().requires_grad_(False)
 
 
 def lpips(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean LPIPS of pictures a and b [B, 3, H, W] in [-1, 1], with gradient; weight: a factor for each picture [B].
 
     Raises:
-        UserError: the package lpips is not installed.
+        UserError: as `network` does.
     """
-    distance = network(a.device)(a, b).flatten()
+    distance = lpips_each(a, b)
     return (distance if weight is None else weight.to(distance) * distance).mean()
+
+
+def lpips_each(a: Tensor, b: Tensor) -> Tensor:
+    """LPIPS of each picture of a with that of b, both [B, 3, H, W] in [-1, 1], with gradient. [B]
+
+    Raises:
+        UserError: as `network` does.
+    """
+    return network(a.device)(a, b).flatten()
