@@ -1,0 +1,38 @@
+"""A CLIP of a few thousand parameters, as a folder that transformers loads, and stand-ins of optional packages."""
+
+import importlib.machinery
+import sys
+import types
+
+import numpy as np
+import torch
+import transformers
+from pipelines import clip_config, clip_tokenizer
+
+
+def save_clip(folder, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
+    config = transformers.CLIPConfig(text_config=clip_config().to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    model = transformers.CLIPModel(config)
+    for parameter in model.parameters():  # the default is so small that all embeddings are nearly one
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def pictures(n, height=40, width=40, seed=0):
+    """n noisy gradients, uint8 [n, height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(0, 1, width)[None, None, :, None] * rng.uniform(0, 255, (n, 1, 1, 3))
+    return (slope + rng.uniform(-40, 40, (n, height, width, 3))).clip(0, 255).astype(np.uint8)
+
+
+def package(monkeypatch, name, **content):
+    """Let a package of that name, with that content, be installed."""
+    made = types.ModuleType(name)
+    vars(made).update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
+    monkeypatch.setitem(sys.modules, name, made)
+    return made
