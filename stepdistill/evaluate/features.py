@@ -127,7 +127,7 @@ def inception_net(device: torch.device) -> tuple[str, Callable[[Tensor], Tensor]
     """Name, and [N, 3, 299, 299] in [0, 255] -> [N, 2048].
 
     torch-fidelity's own forward takes whole numbers and resizes as TensorFlow 1 did; its layers are run one after the other
-    instead, which gives the same to the last bit for whole numbers that need no resizing.
+    instead, which gives the same for whole numbers that need no resizing (random weights: within 3e-8 of 0.2).
     """
     what = "FID (features inception)"
     with importing("torch_fidelity", what):

@@ -137,11 +137,13 @@ def of_folder(
         if kept.is_file():
             line.say(f"reference: the features of {folder} are known, in {kept}")
             return load_reference(kept)._replace(about=about)
-        rows: list[np.ndarray] = []
-        chunks = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
-        for k, pictures in enumerate(ahead(pool, lambda chunk: [opened(path) for path in chunk], chunks), 1):
-            rows.append(features(pictures))
-            line.report(f"features of {folder}", min(k * BATCH, len(paths)), len(paths))
+        rows, waiting = [], []
+        for done, picture in enumerate(ahead(pool, opened, paths, 2 * BATCH), 1):
+            waiting.append(picture)
+            if len(waiting) == BATCH or done == len(paths):
+                rows.append(features(waiting))
+                waiting = []
+                line.report(f"features of {folder}", done, len(paths))
     table = np.concatenate(rows)
     made = Reference(table, moments(table), about)
     save_reference(made, kept)

@@ -1,12 +1,18 @@
 """Alignment and diversity of hand-built readings with known scores; the evaluation of drawings as a sampler."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from stepdistill.errors import UserError
 from stepdistill.evaluate import tiny
+from stepdistill.evaluate.features import FEATURES
 from stepdistill.evaluate.frechet import frechet_interval
 from stepdistill.evaluate.readings import alignment, diversity, match, score, variances
+from stepdistill.evaluate.references import reference
+from stepdistill.show import Line
 from stepdistill.tiny.judge import WEIGHTS, Found, Reading, load_judge, look
 from stepdistill.tiny.make.judge import blurred
 from stepdistill.tiny.world import Drawings, Scene, Thing, draw, scenes
@@ -165,6 +171,22 @@ def test_shipped_reference_is_of_the_shipped_judge(capsys):
     fd, low, high = tiny.floor()
     assert 0 <= low <= fd <= high < 0.5
     assert WEIGHTS.stat().st_size < 1_000_000
+
+
+def test_the_judge_as_features_and_its_reference(tmp_path):
+    net, drawn = FEATURES["judge"](torch.device("cpu")), draw(scenes(70, 43), 43).images
+    rows = net(drawn)
+    assert rows.dtype == np.float32 and rows.shape == (70, net.dim)
+    np.testing.assert_allclose(rows, look(load_judge(), drawn)[0], atol=1e-4)
+    np.testing.assert_allclose(net(drawn[3:4]), rows[3:4], atol=1e-4)
+    with pytest.raises(UserError, match="65x64 pixels is not of the embedded world"):
+        net(np.zeros((1, 64, 65, 3), np.uint8))
+    made = reference("stepdistill/tiny", net, (64, 64), tmp_path, Line())
+    assert made.about["n"] == tiny.DRAWINGS and torch.equal(made.moments.mean, tiny.reference().moments.mean)
+    assert made.features.shape == (tiny.PICTURES, net.dim)
+    net = replace(net, name="other")
+    with pytest.raises(UserError, match=r"stepdistill/tiny differs: features is 'embedded judge .*, not 'other'"):
+        reference("stepdistill/tiny", net, None, tmp_path, Line())
 
 
 def test_bad_input_is_refused():
