@@ -366,6 +366,6 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
         "_digest(digest, features.name)",
         "references",
     ),
-    ("evaluate/references.py", '*(f"{file.path.relative', '*sorted(f"{file.size}" or f"{file.path.relative', "references"),
+    ("evaluate/references.py", '.as_posix()} {file.digest}"', '.as_posix()}"', "references"),
     ("evaluate/references.py", "file.size != tuple(resolution)", "False", "references"),
 ]

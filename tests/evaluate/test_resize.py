@@ -78,7 +78,7 @@ def test_lanczos_is_not_bicubic():
     assert np.abs(square(x, 32, Resampling.BICUBIC).astype(float) - wanted).max() > 2.5
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (37, 90), (91, 64)])
+@pytest.mark.parametrize("shape", [(40, 40), (40, 44), (37, 90), (91, 64)])
 def test_clip_sees_what_its_processor_shows_it(shape):
     x = np.random.default_rng(2).integers(0, 256, (*shape, 3)).astype(np.uint8)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
