@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from ..errors import UserError
 from ..extras import importing
 from . import resize
-from .weights import from_hub
+from .weights import exact, from_hub
 
 SCORE, CMMD = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures in [0, 1]
@@ -101,7 +101,7 @@ class OpenClipScore:
         return F.normalize(self.model.encode_text(words.to(self.device)), dim=-1)
 
 
-@torch.no_grad()
+@exact()
 def cosines(
     pictures: Sequence[np.ndarray] | np.ndarray,
     prompts: Sequence[str],

@@ -21,7 +21,7 @@ from ..tiny.judge import FEATURES as JUDGED
 from ..tiny.judge import judge_key, load_judge
 from ..tiny.world import PIXELS
 from . import clip, resize
-from .weights import url_file
+from .weights import exact, url_file
 
 BATCH, THREADS = 64, 4  # pictures that a network reads at once; threads that prepare them
 
@@ -51,10 +51,10 @@ class Network:
 
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         rows = [np.empty((0, self.dim), np.float32)]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool, exact():
             for i in range(0, len(pictures), BATCH):
                 x = torch.from_numpy(np.stack(list(pool.map(self.prepare, pictures[i : i + BATCH]))))
-                rows.append(run(self.read, x.permute(0, 3, 1, 2).to(self.device).float()))
+                rows.append(self.read(x.permute(0, 3, 1, 2).to(self.device).float()).float().cpu().numpy())
         return np.concatenate(rows)
 
 
@@ -82,13 +82,6 @@ class Fitted:
 
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         return self.of([resize.square(picture, self.size) for picture in pictures])
-
-
-@torch.no_grad()
-def run(read: Callable[[Tensor], Tensor], x: Tensor) -> np.ndarray:
-    """What a network says of x, in full float32: by default convolutions on newer GPUs round to 10 bits (TF32)."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return read(x).float().cpu().numpy()
 
 
 def inception(device: torch.device) -> Features:

@@ -1,8 +1,8 @@
 """The features that pictures are compared with: of a folder of pictures, saved and read again, or of the embedded world.
 
 A folder's features are kept in a cache, under a hash of the pictures' bytes, the network and the resizing. The hash reads every
-file once: 40,000 photographs (6 GB) take about 20 seconds from a disk that gives 300 MB/s. Computing features is not resumed.
-With several processes let the first one ask; the others then find them in the cache.
+file once, at 230 MB/s on two busy cores: half a minute for 40,000 photographs (6 GB). Computing features is not resumed. With
+several processes let the first one ask; the others then find them in the cache.
 """
 
 from __future__ import annotations

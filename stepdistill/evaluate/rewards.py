@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UserError
 from ..extras import importing
 from .clip import Score, cosines, load_open, standardized
 from .resize import centre
-from .weights import from_hub, hub_state
+from .weights import exact, hub_state
 
 IMAGE_REWARD = "~/.cache/ImageReward"  # where that package looks for its files
 VIEW = 224  # pixels a side that HPSv2 sees
@@ -68,11 +69,17 @@ class ImageRewardScore:
     def __init__(self, device: torch.device):
         with importing("ImageReward", "the score image-reward"):
             import ImageReward
-        place = Path(IMAGE_REWARD).expanduser()
-        with from_hub(f"ImageReward (files ImageReward.pt and med_config.json, looked for in {place})", "THUDM/ImageReward"):
+        try:
             self.model = ImageReward.load("ImageReward-v1.0", device=device)
+        except (OSError, RuntimeError, ValueError) as error:
+            place = Path(IMAGE_REWARD).expanduser()
+            raise UserError(
+                f"the score image-reward needs ImageReward.pt and med_config.json in {place}, and the tokenizer "
+                f"bert-base-uncased in the hub's cache; where there is internet run: hf download THUDM/ImageReward "
+                f"ImageReward.pt med_config.json --local-dir {place}; hf download bert-base-uncased; and copy them to this machine"
+            ) from error
 
-    @torch.no_grad()
+    @exact()
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         if len(pictures) != len(prompts):
             raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts: each picture needs its own prompt")

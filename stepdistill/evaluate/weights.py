@@ -1,4 +1,4 @@
-"""Weights of the networks that measure: found in their libraries' own caches, and what to do where they are not."""
+"""Networks that measure: their weights in their libraries' own caches, what to do where they are not, and full precision."""
 
 from __future__ import annotations
 
@@ -69,3 +69,10 @@ def read_state(what: str, path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{what}: the weights {path} cannot be read; delete the file, and fetch it again") from error
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Networks run without gradients and in full float32: by default convolutions on newer GPUs round to 10 bits (TF32)."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield

@@ -64,6 +64,8 @@ def test_hps_view_is_not_rounded():
     view = rewards.hps_view(board)
     assert view.shape == (3, 224, 224)
     torch.testing.assert_close(view[:, 4:-4, 4:-4], torch.full((3, 216, 216), 127.5), atol=1e-3, rtol=0)
+    board = np.repeat(255 * (np.indices((672, 672)).sum(0) % 2)[..., None], 3, 2).astype(np.uint8)
+    assert (rewards.hps_view(board)[:, 4:-4, 4:-4] - 127.5).abs().max() < 20  # every third pixel would be 0 or 255
 
 
 def test_hps_without_its_weights(open_clip):
@@ -91,7 +93,7 @@ def test_image_reward_that_is_not_there(monkeypatch):
         raise OSError("offline")
 
     package(monkeypatch, "ImageReward", load=load)
-    with pytest.raises(UserError, match=r"looked for in .*ImageReward.* needs the weights THUDM/ImageReward"):
+    with pytest.raises(UserError, match=r"needs ImageReward.pt .* hf download THUDM/ImageReward .*--local-dir .*/ImageReward;"):
         rewards.REWARDS["image-reward"](CPU)
     monkeypatch.setattr(extras, "installed", lambda _name: False)
     with pytest.raises(UserError, match=r"image-reward needs the package ImageReward.*pip install 'stepdistill\[rewards\]'"):
