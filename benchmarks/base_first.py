@@ -1,0 +1,97 @@
+"""What base-first sampling (arXiv:2503.10637) does to students of the embedded teachers: diversity, distance, alignment.
+
+    stepdistill train quickstart
+    python benchmarks/base_first.py runs/quickstart
+
+Each student in its own number of steps, with no step by its base model and with the first --first ones, guided as it was
+distilled and unguided. Figures go into benchmarks/base_first.json after each run, beside those of other runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from stepdistill.assemble import Distillation, restore
+from stepdistill.evaluate.grid import teacher_scale
+from stepdistill.evaluate.tiny import evaluate_tiny
+from stepdistill.evaluate.walks import sampler, student_walk
+from stepdistill.recipe import strategy_name
+from stepdistill.sampling import base_first
+from stepdistill.show import Line
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks/base_first.json"
+KEPT = ("n", "fd", "fd_low", "fd_high", "alignment", "diversity", "diversity_position", "diversity_size", "diversity_shade")
+
+
+def measure(distillation: Distillation, first: int, scale: float, n: int, line: Line) -> dict[str, Any]:
+    """The figures of n pictures, the first steps of which the base model takes."""
+    how = base_first(distillation.inference(), first, scale)
+    pictures = sampler(
+        distillation, student_walk(distillation, how), distillation.recipe.eval.seed, distillation.recipe.eval.batch
+    )
+    label = f"{distillation.recipe.name}, {first} by the base, guided {scale:g}"
+    found = evaluate_tiny(pictures, n, progress=lambda done, of: line.report(label, done, of)).to_dict()
+    nfe = sum(1 if hop.scale == 1 else 2 for hop in how.hops)
+    about = {"steps": len(how.hops), "first": first, "guidance": scale if first else None, "nfe": nfe}
+    return about | {key: found[key] for key in KEPT}
+
+
+def result(run: Path, firsts: list[int], n: int, line: Line) -> dict[str, Any]:
+    """The figures of a run, and what they are of."""
+    distillation = restore(run)
+    recipe, steps = distillation.recipe, len(distillation.inference().hops)
+    scales = list(dict.fromkeys((teacher_scale(distillation), 1.0)))
+    asked = [(0, 1.0), *((first, scale) for first in firsts if first < steps for scale in scales)]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
+    return {
+        "model": recipe.model.source,
+        "strategy": strategy_name(recipe.strategy),
+        "iterations": recipe.train.steps,
+        "renoise": distillation.inference().draws,
+        "rows": [measure(distillation, first, scale, n, line) for first, scale in asked],
+        "command": f"python benchmarks/base_first.py runs/{run.name} --first {' '.join(map(str, firsts))} --n {n}",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "commit": commit.stdout.strip(),
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    head = ["run", "steps", "by the base", "evaluations", "FD (95 %)", "alignment", "diversity"]
+    lines = [head, ["---"] * len(head)]
+    for name, made in results.items():
+        for row in made["rows"]:
+            by = (
+                f"{row['first']}, {'unguided' if row['guidance'] == 1 else 'guided ' + format(row['guidance'], 'g')}"
+                if row["first"]
+                else "none"
+            )
+            fd = f"{row['fd']:.2f} ({row['fd_low']:.2f} .. {row['fd_high']:.2f})"
+            lines.append(
+                [f"`{name}`", str(row["steps"]), by, str(row["nfe"]), fd, f"{row['alignment']:.1%}", f"{row['diversity']:.2f}"]
+            )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or export folders")
+    parser.add_argument("--first", nargs="+", type=int, default=[1], metavar="K", help="steps that the base model takes (1)")
+    parser.add_argument("--n", type=int, default=1024, help="pictures a figure (1024)")
+    options, line = parser.parse_args(), Line()
+    for run in options.runs:
+        made = result(run, options.first, options.n, line)
+        known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        RESULTS.write_text(json.dumps(known | {run.name: made}, indent=1) + "\n")
+    print(table(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()
