@@ -32,10 +32,8 @@ KEPT = ("n", "fd", "fd_low", "fd_high", "alignment", "diversity", "diversity_pos
 
 def measure(distillation: Distillation, first: int, scale: float, n: int, line: Line) -> dict[str, Any]:
     """The figures of n pictures, the first steps of which the base model takes."""
-    how = base_first(distillation.inference(), first, scale)
-    pictures = sampler(
-        distillation, student_walk(distillation, how), distillation.recipe.eval.seed, distillation.recipe.eval.batch
-    )
+    how, wanted = base_first(distillation.inference(), first, scale), distillation.recipe.eval
+    pictures = sampler(distillation, student_walk(distillation, how), wanted.seed, wanted.batch)
     label = f"{distillation.recipe.name}, {first} by the base, guided {scale:g}"
     found = evaluate_tiny(pictures, n, progress=lambda done, of: line.report(label, done, of)).to_dict()
     nfe = sum(1 if hop.scale == 1 else 2 for hop in how.hops)
@@ -68,15 +66,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [head, ["---"] * len(head)]
     for name, made in results.items():
         for row in made["rows"]:
-            by = (
-                f"{row['first']}, {'unguided' if row['guidance'] == 1 else 'guided ' + format(row['guidance'], 'g')}"
-                if row["first"]
-                else "none"
-            )
+            scale = "unguided" if row["guidance"] == 1 else f"guided {row['guidance']}"
+            by = f"{row['first']}, {scale}" if row["first"] else "none"
             fd = f"{row['fd']:.2f} ({row['fd_low']:.2f} .. {row['fd_high']:.2f})"
-            lines.append(
-                [f"`{name}`", str(row["steps"]), by, str(row["nfe"]), fd, f"{row['alignment']:.1%}", f"{row['diversity']:.2f}"]
-            )
+            others = f"{row['alignment']:.1%}", f"{row['diversity']:.2f}"
+            lines.append([f"`{name}`", str(row["steps"]), by, str(row["nfe"]), fd, *others])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

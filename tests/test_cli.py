@@ -70,6 +70,7 @@ def test_unknown_words_exit_2(capsys):
     assert (status, "unknown arguments: more" in err) == (2, True)
     assert "unknown arguments: --outptu" in run(capsys, "validate", "quickstart", "--outptu", "a=b")[2]
     assert "at least 1" in run(capsys, "sample", "runs/x", "--prompt", "x", "--steps", "0")[2]
+    assert "at least 0" in run(capsys, "sample", "runs/x", "--prompt", "x", "--base-first-steps", "-1")[2]
     assert "unknown format kohia" in run(capsys, "export", "runs/x", "--formats", "kohia")[2]
 
 
@@ -236,6 +237,16 @@ def test_overrides_may_stand_anywhere(monkeypatch):
     [
         (["train", "quickstart", "--resume", "never"], "runs.train", (load_recipe, None, "never")),
         (["sample", "a", "--prompt", "p", "--seed", "3"], "serve.sample_run", (Path("a"), "p", None, 3, None)),
+        (
+            ["sample", "a", "--prompt", "p", "--show-steps"],
+            "stepwise.sample_stepwise",
+            (Path("a"), "p", None, 0, None, 0, True),
+        ),
+        (
+            ["sample", "a", "--prompt", "p", "--base-first-steps", "0", "--steps", "2"],
+            "stepwise.sample_stepwise",
+            (Path("a"), "p", 2, 0, None, 0, False),
+        ),
         (["eval", "a"], "evaluate.table.evaluate_run", (Path("a"),)),
         (["export", "a", "--formats", "kohya,fused"], "export.export_run", (Path("a"), ("kohya", "fused"), None)),
     ],
