@@ -106,8 +106,18 @@ def build_parser() -> argparse.ArgumentParser:
         "what is drawn without this option, but for pipelines that pack their noise, such as FLUX's",
     )
 
-    made = verb("eval", verbs.eval_, "Measure a student beside its teacher.", "stepdistill eval runs/quickstart")
+    made = verb(
+        "eval",
+        verbs.eval_,
+        "Measure a student beside its teacher, or draw the pictures that a benchmark of its own scores.",
+        "stepdistill eval runs/quickstart",
+        "stepdistill eval runs/mine --folder geneval --prompts evaluation_metadata.jsonl --out mine-geneval",
+    )
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
+    made.add_argument("--folder", dest="layout", metavar="NAME", help="only draw, as geneval or dpg wants it")
+    made.add_argument("--prompts", type=Path, metavar="FILE", help="the benchmark's list (geneval) or folder (dpg) of prompts")
+    made.add_argument("--out", type=Path, metavar="DIR", help="the folder of pictures; again: go on where it was stopped")
+    made.add_argument("--steps", type=positive, metavar="N", help="otherwise the number the student was made for")
 
     made = verb(
         "export",

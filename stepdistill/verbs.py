@@ -43,6 +43,15 @@ def sample(args) -> None:
 
 
 def eval_(args) -> None:
+    if args.layout:
+        from .evaluate.exporters import export_pictures
+
+        if args.prompts is None or args.out is None:
+            raise UserError(f"--folder {args.layout} needs --prompts, the benchmark's own, and --out DIR, where pictures go")
+        print(export_pictures(args.folder, args.layout, args.prompts, args.out, args.steps))
+        return
+    if given := [f"--{name}" for name in ("prompts", "out", "steps") if getattr(args, name) is not None]:
+        raise UserError(f"{' and '.join(given)} go with --folder, which says what to draw: --folder geneval, or --folder dpg")
     from .evaluate.table import evaluate_run
 
     evaluate_run(args.folder)

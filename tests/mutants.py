@@ -368,4 +368,15 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ),
     ("evaluate/references.py", '.as_posix()} {file.digest}"', '.as_posix()}"', "references"),
     ("evaluate/references.py", "file.size != tuple(resolution)", "False", "references"),
+    ("evaluate/exporters.py", "[entry.prompt] * EACH, EACH * p)", "[entry.prompt] * EACH, p)", "exporters"),
+    ("evaluate/exporters.py", "pictures[k : k + 2]), axis=1)", "pictures[k : k + 2]), axis=0)", "exporters"),
+    (
+        "evaluate/exporters.py",
+        "pictures[k : k + 2]), axis=1) for k in (0, 2)]",
+        "pictures[k::2]), axis=1) for k in (0, 1)]",
+        "exporters",
+    ),
+    ("evaluate/exporters.py", "range(distributed.rank(), len(entries)", "range(0, len(entries)", "exporters"),
+    ("evaluate/exporters.py", 'out / f".{entries[p].name}.tmp"', "out / entries[p].name", "exporters"),
+    ("evaluate/exporters.py", '"weights": fingerprint(distillation),', "", "exporters"),
 ]
