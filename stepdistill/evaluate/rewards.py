@@ -76,7 +76,7 @@ class ImageRewardScore:
             raise UserError(
                 f"the score image-reward needs ImageReward.pt and med_config.json in {place}, and the tokenizer "
                 f"bert-base-uncased in the hub's cache; where there is internet run: hf download THUDM/ImageReward "
-                f"ImageReward.pt med_config.json --local-dir {place}; hf download bert-base-uncased; and copy them to this machine"
+                f"ImageReward.pt med_config.json --local-dir {place}; hf download bert-base-uncased; and copy them here"
             ) from error
 
     @exact()
