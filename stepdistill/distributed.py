@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -10,17 +11,23 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 
+def state() -> PartialState:
+    """Who takes part. Without being told, accelerate takes processes that have no GPU for so many runs of one process."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return PartialState(cpu=True) if several and not torch.cuda.is_available() else PartialState()
+
+
 def device() -> torch.device:
     """This process's device."""
-    return PartialState().device
+    return state().device
 
 
 def rank() -> int:
-    return PartialState().process_index
+    return state().process_index
 
 
 def world() -> int:
-    return PartialState().num_processes
+    return state().num_processes
 
 
 def backward(loss: Tensor, params: Iterable[nn.Parameter]) -> None:
@@ -53,4 +60,4 @@ def mean(x: Tensor) -> Tensor:
 
 def wait() -> None:
     """Until every process is here."""
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()
