@@ -102,8 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--base-first-steps",
         type=whole,
         metavar="K",
-        help="let the base model, guided, take the first K steps: costlier, sometimes more diverse (arXiv:2503.10637); 0 draws "
+        help="let the base model take the first K steps: pictures may differ more from one another (arXiv:2503.10637); 0 draws "
         "what is drawn without this option, but for pipelines that pack their noise, such as FLUX's",
+    )
+    made.add_argument(
+        "--base-guidance",
+        type=scale,
+        metavar="W",
+        help="guidance scale of those steps, 1 is none; otherwise what was distilled, at two evaluations a step",
     )
 
     made = verb(
@@ -228,6 +234,16 @@ def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 0")
     return int(text)
+
+
+def scale(text: str) -> float:
+    """A guidance scale."""
+    try:
+        if 1 <= float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} must be a number, at least 1")
 
 
 def positive(text: str) -> int:

@@ -52,7 +52,7 @@ class Paths:
         self.cond, self.null = self.family.encode_prompts([prompt]), self.family.null_prompts()
 
     def scale(self, how: Inference) -> float:
-        """The guidance scale of the base model: what the student was distilled at, or is told."""
+        """The guidance scale of the base model, where none is asked for: what the student was distilled at, or is told."""
         return 1.0 if self.null is None else how.guidance or teacher_scale(self.distillation)
 
     def latents(self, how: Inference) -> list[Tensor]:
@@ -100,16 +100,18 @@ def sample_stepwise(
     out: Path | None = None,
     first: int = 0,
     show: bool = False,
+    scale: float | None = None,
 ) -> Path:
     """Draw what `serve.sample_run` draws, but by the trainer's sampling, the first steps by the base model; returns its path.
 
     Args:
         folder: a run folder, of which the newest checkpoint counts, or an export folder.
-        first: so many steps are the base model's, guided as it was distilled.
+        first: so many steps are the base model's.
+        scale: of the base model's guidance, 1 or more; None: that which was distilled.
         show: the predictions of every step in one picture (PNG), beside those of the base model, in place of the last alone.
 
     Raises:
-        UserError: as `serve.sample_run`, as `assemble.restore`, or no step is left to the student.
+        UserError: as `serve.sample_run`, as `assemble.restore`; no step is left to the student, or the base model cannot be guided.
     """
     check_request(prompt, seed)
     distillation = restore(folder)
@@ -119,18 +121,20 @@ def sample_stepwise(
     name = f"{words(prompt)}_{len(how.hops)}steps_seed{seed}" + f"_base{first}" * (first > 0)
     out = destination(out, name + "_shown" * show, (".png",) if show else SUFFIXES[video])
     paths = Paths(distillation, prompt, seed)
-    mixed = base_first(how, first, paths.scale(how))
+    if scale not in (None, 1) and paths.null is None:
+        raise UserError(
+            f"--base-guidance {scale:g}: the guidance of a {paths.family.pipeline} is distilled into it; leave it out"
+        )
+    mixed = base_first(how, first, paths.scale(how) if scale is None else scale)
     if show:
         draw_rows(prompt, rows(paths, how, mixed)).save(out, optimize=True)
         return out
     (images,) = paths.images(paths.latents(mixed)[-1:])
     frames = [Image.fromarray(picture) for picture in to_pixels(images[0].transpose(0, 1) if video else images)]
-    animation = (
-        {"save_all": True, "append_images": frames[1:], "duration": round(1000 / distillation.family.fps), "loop": 0}
-        if video
-        else {}
-    )
-    frames[0].save(out, **animation)
+    if video:
+        frames[0].save(out, save_all=True, append_images=frames[1:], duration=round(1000 / distillation.family.fps), loop=0)
+    else:
+        frames[0].save(out)
     return out
 
 

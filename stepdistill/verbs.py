@@ -32,10 +32,12 @@ def _plan(recipe) -> str:
 
 def sample(args) -> None:
     asked = args.folder, args.prompt, args.steps, args.seed, args.out
+    if args.base_guidance is not None and not args.base_first_steps:
+        raise UserError("--base-guidance is of the steps that --base-first-steps K gives to the base model; give both")
     if args.show_steps or args.base_first_steps is not None:
         from .stepwise import sample_stepwise
 
-        print(sample_stepwise(*asked, args.base_first_steps or 0, args.show_steps))
+        print(sample_stepwise(*asked, args.base_first_steps or 0, args.show_steps, args.base_guidance))
         return
     from .serve import sample_run
 

@@ -71,6 +71,11 @@ def test_unknown_words_exit_2(capsys):
     assert "unknown arguments: --outptu" in run(capsys, "validate", "quickstart", "--outptu", "a=b")[2]
     assert "at least 1" in run(capsys, "sample", "runs/x", "--prompt", "x", "--steps", "0")[2]
     assert "at least 0" in run(capsys, "sample", "runs/x", "--prompt", "x", "--base-first-steps", "-1")[2]
+    for text in ("0.9", "nan", "inf", "x"):
+        asked = run(capsys, "sample", "runs/x", "--prompt", "x", "--base-first-steps", "1", "--base-guidance", text)
+        assert asked[0] == 2 and f"{text} must be a number, at least 1" in asked[2]
+    status, _, err = run(capsys, "sample", "runs/x", "--prompt", "x", "--base-guidance", "2")
+    assert status == 2 and "--base-first-steps K gives to the base model; give both" in err
     assert "unknown format kohia" in run(capsys, "export", "runs/x", "--formats", "kohia")[2]
 
 
@@ -240,12 +245,17 @@ def test_overrides_may_stand_anywhere(monkeypatch):
         (
             ["sample", "a", "--prompt", "p", "--show-steps"],
             "stepwise.sample_stepwise",
-            (Path("a"), "p", None, 0, None, 0, True),
+            (Path("a"), "p", None, 0, None, 0, True, None),
         ),
         (
-            ["sample", "a", "--prompt", "p", "--base-first-steps", "0", "--steps", "2"],
+            ["sample", "a", "--prompt", "p", "--base-first-steps", "1", "--steps", "2", "--base-guidance", "1"],
             "stepwise.sample_stepwise",
-            (Path("a"), "p", 2, 0, None, 0, False),
+            (Path("a"), "p", 2, 0, None, 1, False, 1.0),
+        ),
+        (
+            ["sample", "a", "--prompt", "p", "--base-first-steps", "0"],
+            "stepwise.sample_stepwise",
+            (Path("a"), "p", None, 0, None, 0, False, None),
         ),
         (["eval", "a"], "evaluate.table.evaluate_run", (Path("a"),)),
         (["export", "a", "--formats", "kohya,fused"], "export.export_run", (Path("a"), ("kohya", "fused"), None)),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageSequence
 from students import CASES, PROMPTS, student
 
@@ -38,7 +39,8 @@ def test_without_base_steps_it_is_the_picture_of_sample(exported, tmp_path):
     ours = sample_stepwise(exported, PROMPTS[0], 2, 3, tmp_path / "ours.png")
     assert apart(plain, ours) <= 1
     assert apart(ours, sample_stepwise(exported, PROMPTS[0], 2, 4, tmp_path / "other.png")) > 10
-    assert apart(ours, sample_stepwise(exported, PROMPTS[0], 2, 3, tmp_path / "base.png", first=1)) > 10
+    base, free = (sample_stepwise(exported, PROMPTS[0], 2, 3, tmp_path / f"{w}.png", 1, False, w) for w in (None, 1.0))
+    assert apart(ours, base) > 10 and apart(ours, free) > 10 and apart(base, free) > 10
 
 
 @pytest.mark.long
@@ -68,7 +70,10 @@ def test_the_base_takes_the_first_steps_and_the_student_the_others(paths, monkey
     made = paths.latents(base_first(how, 2, paths.scale(how)))
     assert asked == [("base", 2, 999), ("base", 2, 749), ("student", 1, 499), ("student", 1, 249)]
     assert len(made) == 4 and made[0].equal(paths.latents(base_first(how, 1, paths.scale(how)))[0])
-    assert not made[0].equal(paths.latents(how)[0])
+    plain = paths.latents(how)
+    assert not made[0].equal(plain[0])
+    noise = torch.randn(1, *paths.family.shape, generator=torch.Generator().manual_seed(3))
+    assert plain[0].equal(paths.roles.student(noise, torch.ones(1), paths.cond).x0)  # not where the next step begins
 
 
 def test_the_scale_is_what_was_distilled(paths, tmp_path):
