@@ -126,6 +126,16 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=positive, metavar="N", help="otherwise the number the student was made for")
 
     made = verb(
+        "report",
+        verbs.report,
+        "Write one HTML file of a run, or of several beside each other: figures, pictures, curves, and how to use it.",
+        "stepdistill report runs/quickstart",
+        "stepdistill report runs/lcm runs/dmd2 --out compared.html",
+    )
+    made.add_argument("folders", metavar="RUN", nargs="+", type=Path, help="run folders")
+    made.add_argument("--out", type=Path, metavar="FILE", help="otherwise RUN/report.html; of several runs in the folder above")
+
+    made = verb(
         "export",
         verbs.export,
         "Write files that stock diffusers, ComfyUI and A1111 load, and check them by loading them back.",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint, devices, distributed
+from . import checkpoint, devices, distributed, report
 from .assemble import Distillation, assemble
 from .data import build_batches
 from .devices import placed
@@ -62,7 +62,7 @@ class Run:
 
 
 def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto") -> Run:
-    """Train, show, export, check the export, and evaluate. Calling it again goes on where it stopped.
+    """Train, show, export, check the export, evaluate, and report. Calling it again goes on where it stopped.
 
     Args:
         output: the run's folder; None: runs/<name of the recipe>.
@@ -102,6 +102,8 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
         if recipe.eval.n:
             trackers.figures(evaluate(distillation, run.folder / "eval", line), trainer.at)
             write_card(run.export, run.folder)
+    if distributed.rank() == 0:
+        line.say(f"report: {report.write([run.folder])}")
     return run
 
 

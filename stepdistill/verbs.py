@@ -59,6 +59,12 @@ def eval_(args) -> None:
     evaluate_run(args.folder)
 
 
+def report(args) -> None:
+    from .report import write
+
+    print(write(args.folders, args.out))
+
+
 def export(args) -> None:
     from .export import export_run
 

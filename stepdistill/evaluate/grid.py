@@ -1,7 +1,12 @@
-"""Sample grids: fixed prompts, fixed noise, the teacher's rows beside the student's, with labels."""
+"""Samples while a run trains: fixed prompts, fixed noise, the teacher's rows beside the student's.
+
+The folder holds <step>.png, a grid with labels; and in pictures/teacher and pictures/<step> the single pictures, as
+<who>-<steps>steps/<index>.png (.webp above 128 pixels), prompts.json (a list) and labels.json ({row: its label}).
+"""
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 
@@ -17,10 +22,11 @@ from ..show import Line
 from .walks import Walk, sampler, student_walk
 
 COLUMNS, CELL, MARGIN, HEAD = 8, 128, 150, 64  # pictures a row; pixels: a picture's width, of row labels, of prompts
+KEPT = 512  # pixels: the greatest width of a single picture
 
 
 class Samples:
-    """Writes folder/<step>.png; the teacher's rows are made once."""
+    """Writes folder/<step>.png and the single pictures; the teacher's rows are made once."""
 
     def __init__(self, distillation: Distillation, folder: Path, line: Line):
         self.distillation, self.folder, self.line = distillation, folder, line
@@ -34,15 +40,17 @@ class Samples:
     def __call__(self, step: int) -> Path:
         """One grid: the teacher at 25 steps, then at each number of steps the teacher above the student."""
         distillation, rows = self.distillation, []
-        for n in (25, *distillation.counts):
+        for n in dict.fromkeys((25, *distillation.counts)):
+            calls = n * (1 if self.scale == 1 else 2)
+            label = f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations"
             if n not in self.teacher:
                 self.teacher[n] = self.pictures(self.teacher_walk(n))
-            calls = n * (1 if self.scale == 1 else 2)
-            rows.append((f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations", self.teacher[n]))
+                self.keep("teacher", f"teacher-{n}steps", label, self.teacher[n])
+            rows.append((label, self.teacher[n]))
             if n in distillation.counts:
                 made = self.pictures(student_walk(distillation, distillation.inference(n)))
                 rows.append((f"student\n{plural(n)}\nat iteration {step}", made))
-        self.folder.mkdir(parents=True, exist_ok=True)
+                self.keep(f"{step:06d}", f"student-{n}steps", rows[-1][0], made)
         path = self.folder / f"{step:06d}.png"
         draw_grid(rows, self.prompts).save(path)
         self.warn_if_inert(step)
@@ -51,6 +59,14 @@ class Samples:
     def pictures(self, walk: Walk) -> np.ndarray:
         wanted = self.distillation.recipe.eval
         return sampler(self.distillation, walk, wanted.seed, wanted.batch, self.texts)(self.prompts, 0)
+
+    def keep(self, shelf: str, row: str, label: str, pictures: np.ndarray) -> None:
+        """Write a row's pictures one by one, and note their prompts and the row's label beside them."""
+        keep_pictures(self.folder / "pictures" / shelf / row, pictures)
+        (self.folder / "pictures" / shelf / "prompts.json").write_text(json.dumps(self.prompts), encoding="utf-8")
+        notes = self.folder / "pictures" / shelf / "labels.json"
+        labels = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+        notes.write_text(json.dumps(labels | {row: label.replace("\n", ", ")}), encoding="utf-8")
 
     def teacher_walk(self, n: int) -> Walk:
         """First-order steps of the guided teacher."""
@@ -83,6 +99,16 @@ def spread(items: list[str], n: int) -> list[str]:
 
 def plural(n: int) -> str:
     return f"{n} step" + "s" * (n != 1)
+
+
+def keep_pictures(folder: Path, pictures: np.ndarray) -> None:
+    """Write uint8 [N, H, W, 3] as folder/00000.png, ...; wide ones at most KEPT pixels wide, and as .webp: a tenth of the bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, picture in enumerate(map(Image.fromarray, pictures)):
+        if picture.width > KEPT:
+            picture = picture.resize((KEPT, round(picture.height * KEPT / picture.width)), Image.LANCZOS)
+        kind, options = ("png", {}) if picture.width <= CELL else ("webp", {"quality": 90})
+        picture.save(folder / f"{k:05d}.{kind}", **options)
 
 
 def draw_grid(rows: list[tuple[str, np.ndarray]], prompts: list[str]) -> Image.Image:

@@ -1,0 +1,145 @@
+"""The table of figures: which columns there are, what each means, and how its numbers are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]  # of a result file, and "run", the name of the run it is of
+
+
+class Column(NamedTuple):
+    key: str  # in a row
+    head: str
+    form: str  # of format()
+    better: str  # "lower", "higher", or "" where neither is
+    meaning: str
+    span: tuple[str, str] | None = None  # keys of its interval
+    factor: float = 1.0  # what is written is so many times the value
+
+
+COLUMNS = (
+    Column("nfe", "evaluations", ".0f", "", "network calls a picture; guidance counts twice"),
+    Column("fd", "FD", ".2f", "lower", "Fréchet distance to the reference, with its 95 % interval", ("fd_low", "fd_high")),
+    Column("patch_fd", "patch FD", ".2f", "lower", "Fréchet distance of crops at full resolution"),
+    Column("kid", "KID", ".4f", "lower", "kernel distance to the reference, which does not grow as pictures are fewer"),
+    Column("cmmd", "CMMD", ".3f", "lower", "kernel distance of CLIP features"),
+    Column("alignment", "alignment", ".1f", "higher", "percent of what captions state that a judge reads in pictures", None, 100),
+    Column("clip", "CLIP score", ".3f", "higher", "cosine of picture and prompt"),
+    Column("hps", "HPSv2", ".3f", "higher", "what people are expected to prefer"),
+    Column("image_reward", "ImageReward", ".3f", "higher", "what people are expected to prefer"),
+    Column("precision", "precision", ".3f", "higher", "share of pictures that lie among the reference's"),
+    Column("recall", "recall", ".3f", "higher", "share of the reference that lies among the pictures"),
+    Column("density", "density", ".3f", "higher", "how densely the reference lies around pictures"),
+    Column("coverage", "coverage", ".3f", "higher", "share of the reference with a picture nearby"),
+    Column("diversity", "diversity", ".2f", "higher", "spread of pictures of one caption; of the judge's, 1 is the drawings'"),
+    Column("vendi", "Vendi", ".2f", "higher", "effective number of different pictures"),
+    Column("fidelity", "fidelity", ".3f", "lower", "distance to the teacher's picture at the same noise, root mean square in [0, 1]"),
+    Column("fidelity_dssim", "1 − SSIM", ".3f", "lower", "structural distance to the teacher's picture at the same noise"),
+    Column("fidelity_lpips", "LPIPS", ".3f", "lower", "perceptual distance to the teacher's picture at the same noise"),
+    Column("saturation", "saturation", ".3f", "", "mean of the pictures' colours; compare it with the teacher's"),
+    Column("contrast", "contrast", ".3f", "", "mean spread of brightness; compare it with the teacher's"),
+    Column("ms", "ms", ".1f", "lower", "milliseconds a picture, and where two quartiles are known, these", ("ms_low", "ms_high")),
+    Column("memory_mib", "memory, MiB", ",.0f", "lower", "most that was held at once"),
+)
+QUALITY = ("fd", "patch_fd", "cmmd", "kid", "clip", "alignment")  # what is plotted: the first that there is
+TILES = ("nfe", "fd", "alignment", "clip", "ms")  # of the head of the page
+
+
+class Cell(NamedTuple):
+    value: str  # empty where there is none
+    span: str = ""  # its interval
+    best: bool = False  # of all students' in the column
+
+
+class Line(NamedTuple):
+    """A row as it is shown."""
+
+    run: str
+    who: str
+    how: str  # number of steps, guidance
+    solver: str
+    student: bool
+    cells: list[Cell]
+
+
+class Tile(NamedTuple):
+    """A figure of the student, and of the teacher at its best."""
+
+    head: str
+    value: str
+    teacher: str
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """Those of which some row has a value."""
+    return [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
+
+
+def table(rows: Sequence[Row]) -> list[Line]:
+    """The teacher's rows, then the students', most steps first; of equal rows of several runs one."""
+    unique: list[Row] = []
+    for row in rows:
+        shared = row["who"] != "student"  # several runs have the same teacher
+        if not (shared and any(_same(row, other) for other in unique)):
+            unique.append(row)
+    ordered = sorted(unique, key=lambda row: (row["who"] == "student", -row.get("steps", 0), -(row.get("guidance") or 1)))
+    shown, best = columns(ordered), {}
+    for column in shown:
+        values = [row[column.key] for row in ordered if row["who"] == "student" and row.get(column.key) is not None]
+        if column.better and len(values) > 1 and len(set(values)) > 1:
+            best[column.key] = min(values) if column.better == "lower" else max(values)
+    return [_line(row, shown, best) for row in ordered]
+
+
+def tiles(rows: Sequence[Row], steps: int | None) -> list[Tile]:
+    """The student in so many steps (None: in the most) beside the teacher's row of most steps, guided if it was."""
+    students = [row for row in rows if row["who"] == "student"]
+    main = [row for row in students if row.get("steps") == steps] or sorted(students, key=lambda row: -row.get("steps", 0))
+    if not main:
+        return []
+    teachers = [row for row in rows if row["who"] == "teacher"]
+    teacher = max(teachers, key=lambda row: (row.get("steps", 0), row.get("guidance") or 1), default={})
+    made = []
+    for column in (column for column in columns(main[:1]) if column.key in TILES):
+        unit = " %" if column.key == "alignment" else ""
+        value, other = written(column, main[0]), written(column, teacher)
+        made.append(Tile(column.head, value + unit, other and other + unit))
+    return made
+
+
+def written(column: Column, row: Row) -> str:
+    """A row's number in a column; empty if it has none."""
+    value = row.get(column.key)
+    return "" if value is None else format(column.factor * value, column.form)
+
+
+def quality(rows: Sequence[Row]) -> Column | None:
+    """What is plotted against network evaluations."""
+    there = {column.key: column for column in columns([row for row in rows if row.get("nfe")])}
+    return next((there[key] for key in QUALITY if key in there), None)
+
+
+def group(row: Row) -> str:
+    """The line of a plot that a row belongs to."""
+    if row["who"] == "student":
+        return row["run"]
+    return row["who"] if (row.get("guidance") or 1) != 1 else f"{row['who']}, unguided"
+
+
+def _line(row: Row, shown: Sequence[Column], best: Mapping[str, float]) -> Line:
+    steps, guidance = row.get("steps"), row.get("guidance")
+    how = "" if steps is None else f"{steps} step{'s' * (steps != 1)}"
+    if row["who"] != "student" and guidance is not None:
+        how += f", guided {guidance:g}" if guidance != 1 else ", unguided"
+    cells = []
+    for column in shown:
+        low, high = (row.get(key) for key in column.span or ("", ""))
+        span = "" if low is None or high is None else " – ".join(format(column.factor * x, column.form) for x in (low, high))
+        winner = row["who"] == "student" and column.key in best and row.get(column.key) == best[column.key]
+        cells.append(Cell(written(column, row), span, winner))
+    return Line(row["run"], row["who"], how, row.get("solver") or "", row["who"] == "student", cells)
+
+
+def _same(one: Row, other: Row) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("who", "steps", "guidance", "solver", "n", "fd", "clip"))

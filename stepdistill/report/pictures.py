@@ -1,0 +1,133 @@
+"""The pictures of a report: found in a run folder, and put into the page itself.
+
+A gallery folder holds <who>-<steps>steps/<index>.<kind>, prompts.json (a list; the index is a picture's, and its noise's)
+and perhaps labels.json (row -> text).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+SMALL = 128  # pixels: pictures up to this width are kept exactly, and shown enlarged, each pixel a square
+WIDE, FRAME = 512, 256  # pixels: the greatest width of other pictures; of those of which there is one a training step
+FRAMES, PROMPTS = 24, 8  # at most so many steps, and prompts, are shown
+
+
+class Strip(NamedTuple):
+    """The pictures of one sampler, in the order of the prompts."""
+
+    who: str
+    steps: int
+    label: str
+    files: list[Path | None]
+
+    @property
+    def title(self) -> str:
+        return f"{self.who}, {self.steps} step{'s' * (self.steps != 1)}"
+
+
+class Gallery(NamedTuple):
+    prompts: list[str]
+    strips: list[Strip]
+
+    def strip(self, who: str, steps: int | None = None) -> Strip | None:
+        """That of who in so many steps; steps None: in the most."""
+        fitting = [strip for strip in self.strips if strip.who == who and steps in (None, strip.steps)]
+        return max(fitting, key=lambda strip: strip.steps, default=None)
+
+
+class Film(NamedTuple):
+    """Galleries of the student alone by step of training, all of the same prompts; and the teacher's, if it was kept."""
+
+    frames: dict[int, Gallery]
+    teacher: Gallery | None
+
+    @property
+    def gallery(self) -> Gallery:
+        """The teacher beside the student at the last step."""
+        last = self.frames[max(self.frames)]
+        return Gallery(last.prompts, [*(self.teacher.strips if self.teacher else ()), *last.strips])
+
+
+class Embedded(NamedTuple):
+    """A picture as an address that holds it."""
+
+    src: str
+    width: int  # as it was drawn, in pixels
+    height: int
+
+    @property
+    def small(self) -> bool:
+        return self.width <= SMALL
+
+
+def read_gallery(folder: Path) -> Gallery | None:
+    """The gallery in a folder; None if there is none."""
+    prompts, labels = (_json(folder / f"{name}.json") for name in ("prompts", "labels"))
+    if not isinstance(prompts, list):
+        return None
+    strips = []
+    for row in sorted(folder.glob("*-*steps")):
+        if found := re.fullmatch(r"([a-z_]+)-(\d+)steps", row.name):
+            files = {int(file.stem): file for file in row.iterdir() if file.stem.isdecimal()}
+            label = labels.get(row.name, "") if isinstance(labels, dict) else ""
+            strips.append(Strip(found[1], int(found[2]), label, [files.get(k) for k in range(len(prompts))]))
+    return Gallery([str(prompt) for prompt in prompts], strips) if any(any(strip.files) for strip in strips) else None
+
+
+def read_film(folder: Path) -> Film | None:
+    """The pictures of samples/pictures; steps at which other prompts were drawn than at the last are left out."""
+    found = {int(shelf.name): read_gallery(shelf) for shelf in sorted(folder.glob("[0-9]*")) if shelf.name.isdecimal()}
+    frames = {step: gallery for step, gallery in found.items() if gallery}
+    if not frames:
+        return None
+    prompts, teacher = frames[max(frames)].prompts, read_gallery(folder / "teacher")
+    same = teacher if teacher and teacher.prompts == prompts else None
+    return Film({step: gallery for step, gallery in frames.items() if gallery.prompts == prompts}, same)
+
+
+def side_by_side(gallery: Gallery) -> list[Strip]:
+    """What is worth comparing: the teacher at its most steps, the student, and the teacher in as few steps."""
+    students = sorted((strip for strip in gallery.strips if strip.who == "student"), key=lambda strip: -strip.steps)
+    best = gallery.strip("teacher")
+    same = [gallery.strip("teacher", strip.steps) for strip in students]
+    chosen = [best, *students, *(strip for strip in same if strip is not best)]
+    return [strip for strip in chosen if strip]
+
+
+def evenly(items: Sequence, most: int) -> list:
+    """At most `most` of the items, at equal distances, the first and the last among them."""
+    n = min(len(items), most)
+    return [items[round(k * (len(items) - 1) / max(1, n - 1))] for k in range(n)]
+
+
+def embed(path: Path | None, width: int = WIDE) -> Embedded | None:
+    """The picture in a file, at most so wide; None where there is none, or none that can be read."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except OSError:
+        return None
+    if picture.width > width:
+        picture = picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "webp", **({"lossless": True} if picture.width <= SMALL else {"quality": 85}), method=6)
+    return Embedded(f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}", *picture.size)
+
+
+def _json(path: Path) -> Any:
+    """The value in a JSON file; None if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

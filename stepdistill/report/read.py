@@ -1,0 +1,128 @@
+"""Reads a run folder as plain data: whatever is in it, and in words what is not, with the command that makes it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..card import newest_grid
+from ..errors import UserError
+from ..inference import SIDECAR, Serving, read_export
+from ..recipe import Recipe, load_recipe
+from .pictures import Film, Gallery, read_film, read_gallery
+
+Curve = tuple[list[int], list[float]]  # steps, values
+Row = Mapping[str, Any]  # of a result file: who, steps, nfe, ... and figures
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run folder tells. `missing`: sentences, each with the command that mends it."""
+
+    name: str
+    folder: Path
+    yaml: str  # the resolved recipe
+    recipe: Recipe | None  # None: it cannot be read here
+    curves: dict[str, Curve]  # "player/what" -> its values; empty before the first step
+    seconds: float  # spent in training
+    results: dict[str, Mapping[str, Any]]  # preset -> {"rows", "provenance"}
+    gallery: Gallery | None  # the newest pictures of teacher and student at the same noise
+    film: Film | None  # the student's pictures as training went on
+    grid: Path | None  # the newest grid, where single pictures were not kept
+    serving: Serving | None  # None: nothing is exported
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Iterations that the log knows of."""
+        return max((steps[-1] for steps, _ in self.curves.values()), default=0)
+
+    def rows(self) -> list[Row]:
+        return [row for result in self.results.values() for row in result["rows"]]
+
+
+def read(folder: Path, name: str) -> Told:
+    """All of a run.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml; give runs/<name>")
+    missing: list[str] = []
+    again = f"stepdistill train {shlex.quote(str(folder / 'recipe.yaml'))} --output {shlex.quote(str(folder))}"
+    recipe = _unless(missing, lambda: load_recipe(folder / "recipe.yaml", data=False, there=False))
+    curves, seconds = read_log(folder / "log.jsonl")
+    done = max((steps[-1] for steps, _ in curves.values()), default=0)
+    if recipe and done < recipe.train.steps:
+        missing.append(f"Trained {done} of {recipe.train.steps} steps; this command goes on: {again}")
+
+    film = read_film(folder / "samples" / "pictures")
+    gallery = read_gallery(folder / "eval" / "pictures") or (film and film.gallery)
+    grid = None if gallery else newest_grid(folder / "samples")
+    if gallery is None and grid is None:
+        missing.append(f"No pictures were drawn while it trained; for pictures every 100 steps: {again} eval.every=100")
+
+    results = {file.stem: made for file in sorted((folder / "eval").glob("*.json")) if (made := read_result(file, missing))}
+    if not results:
+        missing.append(f"Not measured; this command does it: stepdistill eval {shlex.quote(str(folder))}")
+    serving = None
+    if (folder / "export" / SIDECAR).is_file():
+        serving = _unless(missing, lambda: read_export(folder / "export"))
+    elif done:
+        missing.append(f"Not exported; from its newest checkpoint: stepdistill export {shlex.quote(str(folder))}")
+    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    return Told(name, folder, text, recipe, curves, seconds, results, gallery, film, grid, serving, missing)
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, or, where two have the same, the path as it was given."""
+    short = [folder.resolve().name for folder in folders]
+    return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
+
+
+def read_log(path: Path) -> tuple[dict[str, Curve], float]:
+    """The curves of log.jsonl, and the seconds that all parts of a run took that was stopped and resumed.
+
+    A line that a crash cut short is left out.
+    """
+    curves: dict[str, Curve] = {}
+    total = last = 0.0
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            step, seconds = values.pop("step"), values.pop("seconds")
+        except (ValueError, KeyError, AttributeError):
+            continue
+        total += seconds - last if seconds >= last else seconds  # the clock of a resumed run begins again
+        last = seconds
+        for name, value in values.items():
+            steps, points = curves.setdefault(name, ([], []))
+            steps.append(step), points.append(value)
+    return curves, total
+
+
+def read_result(path: Path, missing: list[str]) -> Mapping[str, Any] | None:
+    """A result file with rows; what is none, or cannot be read, is told in `missing`."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        rows = made["rows"]
+        if isinstance(made["provenance"], Mapping) and all(isinstance(row, Mapping) and "who" in row for row in rows):
+            return made if rows else None
+    except (ValueError, KeyError, TypeError):
+        pass
+    missing.append(f"{path} holds no figures that can be read; measure again: stepdistill eval {path.parents[1]}")
+    return None
+
+
+def _unless(missing: list[str], make) -> Any:
+    """What make() returns; a UserError of it is told in `missing`."""
+    try:
+        return make()
+    except UserError as error:
+        missing.append(str(error))
+        return None
