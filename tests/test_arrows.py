@@ -40,6 +40,9 @@ DOORS = {  # third-party package: the rooms that may import it
     "torchao": {"families"},
     "bitsandbytes": {"optimizers"},
     "torchmetrics": {"evaluate"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
+    "matplotlib": {"report"},
 }
 PIPELINES = {"families", "export", "serve", *MAKERS}  # rooms that may import a pipeline class from diffusers
 
@@ -88,6 +91,7 @@ NEVER = {  # room: rooms that it must not import
     "inference": {"trainer", "evaluate", "cli", "runs"},
     "serve": {"trainer", "evaluate", "export", "cli", "runs"},
     "stepwise": {"trainer", "export", "cli", "runs"},
+    "report": {"trainer", "assemble", "serve", "export", "tiny", "cli", "runs"},  # it reads folders, and runs no network
 }
 
 
@@ -189,6 +193,8 @@ def test_no_circles_between_rooms():
         ("recipe", "from .trainer import Trainer"),
         ("losses", "from .roles import Roles"),
         ("runs", "from .cli import main"),
+        ("report.new", "from ..runs import Run"),
+        ("evaluate.new", "from matplotlib.figure import Figure"),
     ],
 )
 def test_a_wrong_arrow_is_found(name, source):

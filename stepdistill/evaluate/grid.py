@@ -102,7 +102,7 @@ def plural(n: int) -> str:
 
 
 def keep_pictures(folder: Path, pictures: np.ndarray) -> None:
-    """Write uint8 [N, H, W, 3] as folder/00000.png, ...; wide ones at most KEPT pixels wide, and as .webp: a tenth of the bytes."""
+    """Write uint8 [N, H, W, 3] as folder/00000.png, ...; wide ones as .webp, a tenth of the bytes, at most KEPT pixels wide."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, picture in enumerate(map(Image.fromarray, pictures)):
         if picture.width > KEPT:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from .. import __version__
 from ..card import snippet
 from ..errors import UserError
 from ..recipe import strategy_name
-from ..show import clock
 from . import figures, pictures, plots, settings
 from .curves import drawn, health
 from .read import Told, names, read
@@ -60,6 +58,11 @@ def refuse_unlike(runs: Sequence[Told]) -> None:
 
     for preset in dict.fromkeys(preset for run in runs for preset in run.results):
         measured = [run for run in runs if preset in run.results]
+        for run in measured:
+            if "compared" not in run.results[preset]["provenance"]:
+                raise UserError(
+                    f"{run.folder} was measured by another version; measure it again: stepdistill eval {run.folder}"
+                )
         for other in measured[1:]:
             there = (run.results[preset]["provenance"] for run in (measured[0], other))
             compare(*there, (str(measured[0].folder), str(other.folder)))
@@ -90,30 +93,36 @@ def tables(runs: Sequence[Told], colours: dict[str, str]) -> Iterator[Shown]:
 
     for preset in dict.fromkeys(preset for run in runs for preset in run.results):
         rows = [{**row, "run": run.name} for run in runs if preset in run.results for row in run.results[preset]["rows"]]
-        what, lines = figures.quality(rows), []
-        if what:
-            for name, group in itertools.groupby(sorted(rows, key=figures.group), key=figures.group):
-                found = list(group)
-                points = [
-                    (row["nfe"], what.factor * row[what.key], *(row.get(key) for key in what.span or ("", "")))
-                    for row in {(row["nfe"], row[what.key]): row for row in found if row.get(what.key) is not None}.values()
-                    if row.get("nfe")
-                ]
-                student = found[0]["who"] == "student"
-                colour = colours[name] if student else "unguided" if name.endswith("unguided") else "teacher"
-                lines += [plots.Series("student" if student and len(runs) == 1 else name, colour, points)] if points else []
-        lines.sort(key=lambda one: one.colour in ("teacher", "unguided"))
-        floors = [row["floor"] for row in rows if what and what.key == "fd" and row.get("floor")]
+        what = figures.quality(rows)
+        lines = series(rows, what, colours) if what else []
+        floor = min((row["floor"] for row in rows if what and what.key == "fd" and row.get("floor")), default=None)
+        near = floor is not None and floor > 0.2 * min(point[1] for line in lines for point in line.points)
         yield {
             "preset": preset,
             "columns": figures.columns(rows),
             "lines": figures.table(rows),
             "n": next((row["n"] for row in rows if row.get("n")), None),
-            "plot": markupsafe.Markup(plots.quality(preset, what.head, lines, min(floors, default=None))) if lines else None,
+            "plot": markupsafe.Markup(plots.quality(preset, what.head, lines, floor if near else None)) if lines else None,
             "what": what,
             "series": lines,
-            "floor": min(floors, default=None),
+            "floor": floor,
+            "near": near,  # whether the floor is drawn
         }
+
+
+def series(rows: Sequence[figures.Row], what: figures.Column, colours: dict[str, str]) -> list[plots.Series]:
+    """A line for each run's student, and for each kind of teacher; what several runs have in common is drawn once."""
+    points: dict[tuple[str, str], list[plots.Point]] = {}
+    for row in rows:
+        student, guided = row["who"] == "student", (row.get("guidance") or 1) != 1
+        name = (row["run"] if len(colours) > 1 else "student") if student else row["who"] + ", unguided" * (not guided)
+        colour = colours[row["run"]] if student else "teacher" if guided else "unguided"
+        if row.get("nfe") and row.get(what.key) is not None:
+            point = (row["nfe"], what.factor * row[what.key], *(row.get(key) for key in what.span or ("", "")))
+            if point not in points.setdefault((name, colour), []):
+                points[name, colour].append(point)
+    made = [plots.Series(name, colour, found) for (name, colour), found in points.items()]
+    return sorted(made, key=lambda one: one.colour in ("teacher", "unguided"))
 
 
 def alone(runs: Sequence[Told]) -> Shown | None:
@@ -132,11 +141,11 @@ def beside(runs: Sequence[Told]) -> Shown | None:
         return None
     first = drew[0].gallery.prompts
     common = [prompt for prompt in dict.fromkeys(first) if all(prompt in run.gallery.prompts for run in drew)]
-    teacher = next((strip for run in drew if (strip := run.gallery.strip("teacher"))), None)
+    teacher = next((strip for run in drew if (strip := run.gallery.find("teacher"))), None)
     strips = [(teacher.title, False, _of(drew, teacher, common))] if teacher else []
     for run in drew:
-        wanted = run.serving and run.gallery.strip("student", run.serving.steps)
-        if strip := wanted or run.gallery.strip("student"):
+        wanted = run.serving and run.gallery.find("student", run.serving.steps)
+        if strip := wanted or run.gallery.find("student"):
             strips.append((f"{run.name}, {strip.title.partition(', ')[2]}", True, _of([run], strip, common)))
     return cards(common, strips)
 
@@ -191,11 +200,19 @@ def about(run: Told) -> str:
     if recipe is None:
         return f"{run.steps} steps of training"
     how = f"a LoRA of rank {recipe.lora.rank}" if recipe.lora else "a full copy"
-    took = f" in {clock(run.seconds)}" if run.seconds else ""
+    took = f", in {duration(run.seconds)}" if run.seconds else ""
     return (
-        f"{strategy_name(recipe.strategy)} of {recipe.model.source} into {how}: "
+        f"{recipe.model.source} distilled by {strategy_name(recipe.strategy)} into {how}: "
         f"{run.steps:,} steps of {recipe.train.batch} samples{took}"
     )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1 h 2 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def training(run: Told, kind: type | None) -> Shown:
@@ -203,7 +220,9 @@ def training(run: Told, kind: type | None) -> Shown:
     import markupsafe
 
     order = {"lr": 2, "grad_norm": 1}
-    players = sorted(dict.fromkeys(name.partition("/")[0] for name in run.curves), key=lambda p: (p not in CURVES, p != CURVES[0]))
+    players = sorted(
+        dict.fromkeys(name.partition("/")[0] for name in run.curves), key=lambda p: (p not in CURVES, p != CURVES[0])
+    )
     said, recipe = health(kind, list(run.curves)), run.recipe
     ends = list(range(1, run.steps)) if recipe and recipe.strategy.stages > 1 else []
     stages = [step for step in ends if recipe.strategy.stage(step) != recipe.strategy.stage(step - 1)]
@@ -227,8 +246,8 @@ def film(run: Told) -> Shown | None:
     if not counts:
         return None
     count = run.serving.steps if run.serving and run.serving.steps in counts else max(counts)
-    strips = [run.film.frames[step].strip("student", count) for step in steps]
-    teacher = run.film.teacher and run.film.teacher.strip("teacher")
+    strips = [run.film.frames[step].find("student", count) for step in steps]
+    teacher = run.film.teacher and run.film.teacher.find("teacher")
     prompts = run.film.gallery.prompts[: pictures.PROMPTS]
     return {
         "steps": steps,

@@ -45,7 +45,8 @@ def health(kind: type[Strategy] | None, logged: list[str]) -> Health:
         if not words.startswith("- "):
             seen.append(words)
         elif words.startswith("- Sick:"):
-            sick.append(words.removeprefix("- Sick:").strip())
+            said = words.removeprefix("- Sick:").strip()
+            sick.append(said[:1].upper() + said[1:])
         else:
             for name in (name for name in re.findall(r"\w+/\w+", words) if name in logged):
                 lines.setdefault(name, words[2:])

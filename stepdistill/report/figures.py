@@ -16,6 +16,7 @@ class Column(NamedTuple):
     meaning: str
     span: tuple[str, str] | None = None  # keys of its interval
     factor: float = 1.0  # what is written is so many times the value
+    unit: str = ""
 
 
 COLUMNS = (
@@ -24,7 +25,9 @@ COLUMNS = (
     Column("patch_fd", "patch FD", ".2f", "lower", "Fréchet distance of crops at full resolution"),
     Column("kid", "KID", ".4f", "lower", "kernel distance to the reference, which does not grow as pictures are fewer"),
     Column("cmmd", "CMMD", ".3f", "lower", "kernel distance of CLIP features"),
-    Column("alignment", "alignment", ".1f", "higher", "percent of what captions state that a judge reads in pictures", None, 100),
+    Column(
+        "alignment", "alignment", ".1f", "higher", "share of what captions state that a judge reads in pictures", None, 100, "%"
+    ),
     Column("clip", "CLIP score", ".3f", "higher", "cosine of picture and prompt"),
     Column("hps", "HPSv2", ".3f", "higher", "what people are expected to prefer"),
     Column("image_reward", "ImageReward", ".3f", "higher", "what people are expected to prefer"),
@@ -34,13 +37,21 @@ COLUMNS = (
     Column("coverage", "coverage", ".3f", "higher", "share of the reference with a picture nearby"),
     Column("diversity", "diversity", ".2f", "higher", "spread of pictures of one caption; of the judge's, 1 is the drawings'"),
     Column("vendi", "Vendi", ".2f", "higher", "effective number of different pictures"),
-    Column("fidelity", "fidelity", ".3f", "lower", "distance to the teacher's picture at the same noise, root mean square in [0, 1]"),
-    Column("fidelity_dssim", "1 − SSIM", ".3f", "lower", "structural distance to the teacher's picture at the same noise"),
+    Column(
+        "fidelity",
+        "fidelity",
+        ".3f",
+        "lower",
+        "distance to the teacher's picture at the same noise, root mean square in [0, 1]",
+    ),
+    Column("fidelity_dssim", "1 - SSIM", ".3f", "lower", "structural distance to the teacher's picture at the same noise"),
     Column("fidelity_lpips", "LPIPS", ".3f", "lower", "perceptual distance to the teacher's picture at the same noise"),
     Column("saturation", "saturation", ".3f", "", "mean of the pictures' colours; compare it with the teacher's"),
     Column("contrast", "contrast", ".3f", "", "mean spread of brightness; compare it with the teacher's"),
-    Column("ms", "ms", ".1f", "lower", "milliseconds a picture, and where two quartiles are known, these", ("ms_low", "ms_high")),
-    Column("memory_mib", "memory, MiB", ",.0f", "lower", "most that was held at once"),
+    Column(
+        "ms", "time", ".1f", "lower", "of one picture, with its quartiles where they are known", ("ms_low", "ms_high"), 1, "ms"
+    ),
+    Column("memory_mib", "memory", ",.0f", "lower", "most that was held at once", None, 1, "MiB"),
 )
 QUALITY = ("fd", "patch_fd", "cmmd", "kid", "clip", "alignment")  # what is plotted: the first that there is
 TILES = ("nfe", "fd", "alignment", "clip", "ms")  # of the head of the page
@@ -57,8 +68,8 @@ class Line(NamedTuple):
 
     run: str
     who: str
-    how: str  # number of steps, guidance
-    solver: str
+    steps: str
+    how: str  # guidance and solver; empty of a student
     student: bool
     cells: list[Cell]
 
@@ -77,7 +88,10 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def table(rows: Sequence[Row]) -> list[Line]:
-    """The teacher's rows, then the students', most steps first; of equal rows of several runs one."""
+    """The teacher's rows, then the students', most steps first; of equal rows of several runs one.
+
+    Of several runs the best student of each column is marked.
+    """
     unique: list[Row] = []
     for row in rows:
         shared = row["who"] != "student"  # several runs have the same teacher
@@ -87,7 +101,7 @@ def table(rows: Sequence[Row]) -> list[Line]:
     shown, best = columns(ordered), {}
     for column in shown:
         values = [row[column.key] for row in ordered if row["who"] == "student" and row.get(column.key) is not None]
-        if column.better and len(values) > 1 and len(set(values)) > 1:
+        if column.better and len({row["run"] for row in ordered if row["who"] == "student"}) > 1 < len(set(values)):
             best[column.key] = min(values) if column.better == "lower" else max(values)
     return [_line(row, shown, best) for row in ordered]
 
@@ -102,8 +116,8 @@ def tiles(rows: Sequence[Row], steps: int | None) -> list[Tile]:
     teacher = max(teachers, key=lambda row: (row.get("steps", 0), row.get("guidance") or 1), default={})
     made = []
     for column in (column for column in columns(main[:1]) if column.key in TILES):
-        unit = " %" if column.key == "alignment" else ""
         value, other = written(column, main[0]), written(column, teacher)
+        unit = f" {column.unit}" * bool(column.unit)
         made.append(Tile(column.head, value + unit, other and other + unit))
     return made
 
@@ -120,25 +134,18 @@ def quality(rows: Sequence[Row]) -> Column | None:
     return next((there[key] for key in QUALITY if key in there), None)
 
 
-def group(row: Row) -> str:
-    """The line of a plot that a row belongs to."""
-    if row["who"] == "student":
-        return row["run"]
-    return row["who"] if (row.get("guidance") or 1) != 1 else f"{row['who']}, unguided"
-
-
 def _line(row: Row, shown: Sequence[Column], best: Mapping[str, float]) -> Line:
     steps, guidance = row.get("steps"), row.get("guidance")
-    how = "" if steps is None else f"{steps} step{'s' * (steps != 1)}"
-    if row["who"] != "student" and guidance is not None:
-        how += f", guided {guidance:g}" if guidance != 1 else ", unguided"
+    taken = "" if steps is None else f", {steps} step{'s' * (steps != 1)}"
+    guided = "" if guidance is None else f"guided {guidance:g}" if guidance != 1 else "unguided"
+    how = "" if row["who"] == "student" else ", ".join(filter(None, (guided, row.get("solver"))))
     cells = []
     for column in shown:
-        low, high = (row.get(key) for key in column.span or ("", ""))
-        span = "" if low is None or high is None else " – ".join(format(column.factor * x, column.form) for x in (low, high))
+        ends = [row.get(key) for key in column.span or ()]
+        span = " \N{EN DASH} ".join(format(column.factor * x, column.form) for x in ends) if ends and None not in ends else ""
         winner = row["who"] == "student" and column.key in best and row.get(column.key) == best[column.key]
         cells.append(Cell(written(column, row), span, winner))
-    return Line(row["run"], row["who"], how, row.get("solver") or "", row["who"] == "student", cells)
+    return Line(row["run"], row["who"], taken, how, row["who"] == "student", cells)
 
 
 def _same(one: Row, other: Row) -> bool:

@@ -38,7 +38,7 @@ class Gallery(NamedTuple):
     prompts: list[str]
     strips: list[Strip]
 
-    def strip(self, who: str, steps: int | None = None) -> Strip | None:
+    def find(self, who: str, steps: int | None = None) -> Strip | None:
         """That of who in so many steps; steps None: in the most."""
         fitting = [strip for strip in self.strips if strip.who == who and steps in (None, strip.steps)]
         return max(fitting, key=lambda strip: strip.steps, default=None)
@@ -97,8 +97,8 @@ def read_film(folder: Path) -> Film | None:
 def side_by_side(gallery: Gallery) -> list[Strip]:
     """What is worth comparing: the teacher at its most steps, the student, and the teacher in as few steps."""
     students = sorted((strip for strip in gallery.strips if strip.who == "student"), key=lambda strip: -strip.steps)
-    best = gallery.strip("teacher")
-    same = [gallery.strip("teacher", strip.steps) for strip in students]
+    best = gallery.find("teacher")
+    same = [gallery.find("teacher", strip.steps) for strip in students]
     chosen = [best, *students, *(strip for strip in same if strip is not best)]
     return [strip for strip in chosen if strip]
 

@@ -52,18 +52,21 @@ STYLE = {
 }
 
 
+Point = tuple[float, float, float | None, float | None]  # evaluations, value, its interval
+
+
 class Series(NamedTuple):
     """A line of the quality plot."""
 
     name: str
     colour: str  # one of COLOURS
-    points: list[tuple[float, float, float | None, float | None]]  # evaluations, value, its interval
+    points: list[Point]
 
 
 def curve(key: str, name: str, drawn: Drawn, stages: Sequence[int], colour: str) -> str:
     """A logged number over the steps of training. key: the plot's own in its page; stages: steps at which a new one begins.
 
-    The axis is logarithmic where the values span more than a factor of 30.
+    The axis is logarithmic where the values span more than a factor of 30, but for a learning rate, which ends near 0.
     """
     with _figure(key) as figure:
         axes = figure.add_subplot()
@@ -76,7 +79,7 @@ def curve(key: str, name: str, drawn: Drawn, stages: Sequence[int], colour: str)
         for step in stages:
             axes.axvline(step, color=COLOURS["soft"], lw=0.8, ls=(0, (3, 3)))
         low, high = drawn.values.min(), drawn.values.max()
-        if low > 0 and high > 30 * low:
+        if low > 0 and high > 30 * low and not name.endswith("/lr"):
             _logarithmic(axes, "y", _decades(low, high))
         elif low >= 0:
             axes.set_ylim(bottom=0)
@@ -86,15 +89,16 @@ def curve(key: str, name: str, drawn: Drawn, stages: Sequence[int], colour: str)
 
 
 def quality(key: str, what: str, series: Sequence[Series], floor: float | None) -> str:
-    """A figure against network evaluations a picture. key: the plot's own in its page; floor: what a perfect sampler would get."""
-    with _figure(key, (5.6, 3.3)) as figure:
+    """A figure against network evaluations a picture. key: the plot's own in its page; floor: a dotted line."""
+    with _figure(key, (4.7, 3.1)) as figure:
         axes = figure.add_subplot()
         for k, one in enumerate(series):
             points = sorted(one.points, key=lambda point: point[0])
             x, y = [p[0] for p in points], [p[1] for p in points]
             student = one.colour not in ("teacher", "unguided")
             style = {"color": COLOURS[one.colour], "zorder": 3 + k}
-            axes.plot(x, y, "-o" if student else "--o", lw=2 if student else 1.3, ms=6 if student else 4, **style)
+            dots = {"ms": 6} if student else {"ms": 4.5, "mfc": "none" if one.colour == "unguided" else style["color"]}
+            axes.plot(x, y, "-o" if student else "--o", lw=2 if student else 1.3, **dots, **style)
             for at, _, low, high in points:
                 if low is not None and high is not None:
                     axes.plot([at, at], [low, high], lw=1.2, **style)
@@ -104,7 +108,7 @@ def quality(key: str, what: str, series: Sequence[Series], floor: float | None) 
             _logarithmic(axes, "y", _decades(min(values), max(values)))
         elif min(values) >= 0:
             axes.set_ylim(bottom=0)
-        if floor and floor > 0.2 * min(values):
+        if floor is not None:
             axes.axhline(floor, color=COLOURS["soft"], lw=0.8, ls=(0, (1, 2)))
         _logarithmic(axes, "x", _apart(calls))
         axes.set_xlabel("network evaluations a picture")
@@ -142,7 +146,7 @@ def _apart(calls: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _figure(key: str, size: tuple[float, float] = (4.6, 2.1)) -> Iterator[Figure]:
-    """A figure of so many inches, drawn in STYLE, whose ids no figure of another key has; no state of matplotlib is left changed."""
+    """A figure of so many inches in STYLE, with ids that no figure of another key has; no state of matplotlib is changed."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # what it says of its caches is of no use here
     import matplotlib
     from matplotlib.figure import Figure
@@ -162,10 +166,11 @@ def _svg(figure: Figure, title: str) -> str:
     box = re.search(r'viewBox="[^"]*"', head)[0]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r' id="(?![pm][0-9a-f]{10})[^"]*"', "", body)  # groups' names: nothing refers to them
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)  # the page has its own
     body = re.sub(r"font: (?:\w+ )*?([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     for variable, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{variable})")
-    body = re.sub(r"(\d+\.\d{2})\d+", r"\1", body)  # hundredths of a point are enough
+    body = re.sub(r"(\d+\.\d{2})\d+(?=[^<>]*>)", r"\1", body)  # of places: hundredths of a point are enough
     body = re.sub(r"\n\s*", "\n", body)
     return f'<svg {box} role="img" aria-label="{_escaped(title)}">{body.strip()}'
 

@@ -34,7 +34,9 @@ def facts(told: Serving) -> dict[str, str]:
     }
     if told.lora:
         low, high = told.lora["scale_range"]
-        made["LoRA"] = f"rank {told.lora['rank']}, alpha {told.lora['alpha']}, scale {told.lora['scale']:g} ({low:g} to {high:g})"
+        made["LoRA"] = (
+            f"rank {told.lora['rank']}, alpha {told.lora['alpha']}, scale {told.lora['scale']:g} ({low:g} to {high:g})"
+        )
     made["LoRAs below"] = ", ".join(f"{lora.place} {lora.file or ''} at {lora.scale:g}" for lora in told.loras)
     made["files"] = ", ".join(name for names in told.files.values() for name in names)
     return {name: text for name, text in made.items() if text}
