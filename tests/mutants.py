@@ -390,4 +390,11 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("evaluate/exporters.py", "range(distributed.rank(), len(entries)", "range(0, len(entries)", "exporters"),
     ("evaluate/exporters.py", 'out / f".{entries[p].name}.tmp"', "out / entries[p].name", "exporters"),
     ("evaluate/exporters.py", '"weights": fingerprint(distillation),', "", "exporters"),
+    ("report/__init__.py", "autoescape=True", "autoescape=False", "page"),
+    ("report/__init__.py", "    refuse_unlike(runs)\n", "", "page"),
+    ("report/pictures.py", "if gallery.prompts == prompts}", "if True}", "page"),
+    ("report/read.py", "if seconds >= last else seconds", "if True else seconds", "curves"),
+    ("report/curves.py", "s[np.argmin(y[s])], s[np.argmax(y[s])]", "s[0], s[-1]", "curves"),
+    ("report/figures.py", 'if column.better == "lower" else max', "if True else max", "figures"),
+    ("report/plots.py", "(?=[^<>]*>)", "", "curves"),
 ]

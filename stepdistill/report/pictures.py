@@ -121,7 +121,7 @@ def embed(path: Path | None, width: int = WIDE) -> Embedded | None:
     if picture.width > width:
         picture = picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.LANCZOS)
     file = io.BytesIO()
-    picture.save(file, "webp", **({"lossless": True} if picture.width <= SMALL else {"quality": 85}), method=6)
+    picture.save(file, "webp", **({"lossless": True} if picture.width <= SMALL else {"quality": 85}))
     return Embedded(f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}", *picture.size)
 
 

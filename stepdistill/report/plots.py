@@ -164,7 +164,6 @@ def _svg(figure: Figure, title: str) -> str:
     text = text[text.index("<svg") :]
     head, _, body = text.partition(">")
     box = re.search(r'viewBox="[^"]*"', head)[0]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r' id="(?![pm][0-9a-f]{10})[^"]*"', "", body)  # groups' names: nothing refers to them
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)  # the page has its own
     body = re.sub(r"font: (?:\w+ )*?([\d.]+)px [^;\"]*", r"font-size: \1px", body)

@@ -57,10 +57,17 @@ def run(tmp_path):
     return whole(tmp_path / "quick")
 
 
-def test_a_finished_run(run):
-    path = write([run])
-    made = Page(path.read_text(encoding="utf-8"))
-    assert path == run / "report.html" and path.stat().st_size < 200_000
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, and its page."""
+    run = whole(tmp_path_factory.mktemp("runs") / "quick")
+    return run, page(run)
+
+
+def test_a_finished_run(finished):
+    run, made = finished
+    path = run / "report.html"
+    assert path.stat().st_size < 200_000
     assert [
         text for text in ("Figures", "Pictures", "Training", "Use it", "Recipe", "Provenance") if text not in made.text
     ] == []
@@ -71,8 +78,8 @@ def test_a_finished_run(run):
     assert not list(run.glob(".report*"))
 
 
-def test_the_page_loads_nothing_and_each_id_is_one_element_s(run):
-    made = page(run)
+def test_the_page_loads_nothing_and_each_id_is_one_element_s(finished):
+    run, made = finished
     for tag, found in made.found:
         for name in ("src", "href", "xlink:href", "action", "data"):
             assert re.match(r"data:|#", found.get(name, "#")), (tag, name)
@@ -98,8 +105,8 @@ def test_whatever_a_text_holds_it_stays_text(run):
     assert {found["alt"] for found in made.all("img")} >= {f"student, 2 steps: {HOSTILE}"}
 
 
-def test_pictures_are_those_of_the_run_exactly(run):
-    made = page(run)
+def test_pictures_are_those_of_the_run_exactly(finished):
+    run, made = finished
     (shown,) = made.all("img", alt="student at iteration 100: a red ring")
     with Image.open(io.BytesIO(base64.b64decode(shown["src"].partition(",")[2]))) as picture:
         kept = Image.open(run / "samples" / "pictures" / "000100" / "student-2steps" / "00001.png")
@@ -108,6 +115,12 @@ def test_pictures_are_those_of_the_run_exactly(run):
     assert ["hidden" in found for found in frames] == 2 * [True, True, False]  # without JavaScript the last is shown
     (slider,) = made.all("input")
     assert (slider["data-steps"], slider["max"]) == ("0 100 205", "2")
+
+
+def test_steps_at_which_other_prompts_were_drawn_are_left_out(run):
+    drawn(run / "samples" / "pictures" / "000100", {"student-2steps": 100}, ["a red ring", "another"])
+    (slider,) = page(run).all("input")
+    assert slider["data-steps"] == "0 205"
 
 
 def test_evaluated_pictures_come_before_samples(run):
@@ -201,7 +214,8 @@ def test_runs_that_do_not_compare_are_refused_by_field(two, capsys):
     assert not (two[0].parent / "report.html").exists()
 
 
-def test_places_that_cannot_be(run, tmp_path):
+def test_places_that_cannot_be(tmp_path):
+    run = bare(tmp_path / "new")
     for folders, out, said in (
         ([tmp_path], None, "no run folder"),
         ([run, run], None, "given twice"),
