@@ -111,7 +111,8 @@ def sample_stepwise(
         show: the predictions of every step in one picture (PNG), beside those of the base model, in place of the last alone.
 
     Raises:
-        UserError: as `serve.sample_run`, as `assemble.restore`; no step is left to the student, or the base model cannot be guided.
+        UserError: as `serve.sample_run`, as `assemble.restore`; no step is left to the student, or the base model cannot be
+            guided.
     """
     check_request(prompt, seed)
     distillation = restore(folder)

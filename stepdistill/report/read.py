@@ -11,8 +11,8 @@ from typing import Any
 
 from ..card import newest_grid
 from ..errors import UserError
-from ..inference import SIDECAR, Serving, read_export
 from ..recipe import Recipe, load_recipe
+from ..sidecar import SIDECAR, Serving, read_export
 from .pictures import Film, Gallery, read_film, read_gallery
 
 Curve = tuple[list[int], list[float]]  # steps, values

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..inference import Serving
+from ..sidecar import Serving
 
 
 def few_lines(told: Serving, run: Path) -> str:

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from stepdistill.evaluate.grid import keep_pictures
-from stepdistill.inference import Serving
 from stepdistill.recipe import dump_recipe, load_recipe
 from stepdistill.samplers import Sampler
+from stepdistill.sidecar import Serving
 
 HOSTILE = '<script>alert(1)</script> & "a cat"'
 PROMPTS = [HOSTILE, "a red ring"]
@@ -45,6 +45,7 @@ def export(folder: Path, name: str = "quickstart") -> None:
         prompts=tuple(PROMPTS),
         versions={"stepdistill": "0"},
         recipe_hash="abc",
+        recipe={},
         files={"diffusers": ("pytorch_lora_weights.safetensors",)},
     )
     folder.mkdir()
