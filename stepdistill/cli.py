@@ -115,15 +115,29 @@ def build_parser() -> argparse.ArgumentParser:
     made = verb(
         "eval",
         verbs.eval_,
-        "Measure a student beside its teacher, or draw the pictures that a benchmark of its own scores.",
+        "Measure a student beside its teacher; again: only what is new.",
         "stepdistill eval runs/quickstart",
+        "stepdistill eval runs/mine --preset coco30k-sd15 --prompts captions_val2014.json --reference val2014",
+        "stepdistill eval runs/mine --prompts prompts.txt --reference photos --n 5000 --steps 1,2,4 --against teacher@25",
         "stepdistill eval runs/mine --folder geneval --prompts evaluation_metadata.jsonl --out mine-geneval",
     )
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
-    made.add_argument("--folder", dest="layout", metavar="NAME", help="only draw, as geneval or dpg wants it")
-    made.add_argument("--prompts", type=Path, metavar="FILE", help="the benchmark's list (geneval) or folder (dpg) of prompts")
-    made.add_argument("--out", type=Path, metavar="DIR", help="the folder of pictures; again: go on where it was stopped")
-    made.add_argument("--steps", type=positive, metavar="N", help="otherwise the number the student was made for")
+    made.add_argument("--preset", metavar="NAME", help="tiny, the embedded world (otherwise); coco30k-sd15; coco10k-sdxl")
+    made.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; .jsonl, .csv; captions of COCO (.json)")
+    made.add_argument("--reference", metavar="FOLDER|STATS", help="pictures that distances are taken from, or their statistics")
+    made.add_argument(
+        "--n", type=positive, metavar="N", help="pictures of each candidate; otherwise the preset's, or all prompts"
+    )
+    made.add_argument("--steps", type=counts, default=(), metavar="LIST", help="of the student, as in 1,2,4")
+    help = "the teacher, as in teacher@25,teacher@4:unguided, or with a solver teacher@8:dpm; none: nobody"
+    made.add_argument("--against", type=words, default=(), metavar="LIST", help=help)
+    help = "what is measured: inception, inception-patch, clip, clip-score, clip-score-dmd2, hps, image-reward"
+    made.add_argument("--features", type=words, default=(), metavar="LIST", help=help)
+    made.add_argument("--batch", type=positive, metavar="N", help="pictures sampled at a time; changes no figure")
+    made.add_argument(
+        "--folder", dest="layout", metavar="NAME", help="only draw --prompts, as geneval or dpg wants them, in --out"
+    )
+    made.add_argument("--out", type=Path, metavar="DIR", help="of --folder; again: go on where it was stopped")
 
     made = verb(
         "report",
@@ -254,6 +268,16 @@ def scale(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text} must be a number, at least 1")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words in a list like one,two."""
+    return tuple(word for part in text.split(",") if (word := part.strip()))
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """The whole numbers, at least 1, in a list like 1,2,4."""
+    return tuple(positive(word) for word in words(text))
 
 
 def positive(text: str) -> int:

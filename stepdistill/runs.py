@@ -17,8 +17,8 @@ from .assemble import Distillation, assemble
 from .data import build_batches
 from .devices import placed
 from .errors import Diverged, UserError
+from .evaluate.evaluation import evaluate
 from .evaluate.grid import Samples
-from .evaluate.table import evaluate
 from .export import write_card, write_export
 from .inference import recipe_hash, serving
 from .machine import check_machine

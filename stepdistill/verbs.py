@@ -50,13 +50,18 @@ def eval_(args) -> None:
 
         if args.prompts is None or args.out is None:
             raise UserError(f"--folder {args.layout} needs --prompts, the benchmark's own, and --out DIR, where pictures go")
-        print(export_pictures(args.folder, args.layout, args.prompts, args.out, args.steps))
+        if len(args.steps) > 1:
+            raise UserError(f"--steps {','.join(map(str, args.steps))}: a folder is of one number of steps; give one")
+        print(export_pictures(args.folder, args.layout, args.prompts, args.out, *args.steps))
         return
-    if given := [f"--{name}" for name in ("prompts", "out", "steps") if getattr(args, name) is not None]:
-        raise UserError(f"{' and '.join(given)} go with --folder, which says what to draw: --folder geneval, or --folder dpg")
-    from .evaluate.table import evaluate_run
+    if args.out is not None:
+        raise UserError(
+            f"--out {args.out} goes with --folder, which says what to draw there: --folder geneval, or --folder dpg"
+        )
+    from .evaluate.evaluation import evaluate_run
 
-    evaluate_run(args.folder)
+    options = ("preset", "prompts", "reference", "n", "steps", "against", "features", "batch")
+    evaluate_run(args.folder, **{name: getattr(args, name) for name in options})
 
 
 def report(args) -> None:

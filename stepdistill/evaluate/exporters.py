@@ -23,7 +23,8 @@ from ..data.texts import CHUNK, Texts
 from ..errors import UserError
 from ..show import Line
 from ..sources import suggestion
-from .walks import sampler, student_walk
+from .candidates import Candidate, student
+from .walks import sampler
 
 EACH = 4  # pictures of a prompt
 ABOUT = "stepdistill.json"  # whose pictures a folder holds
@@ -143,35 +144,24 @@ def export_pictures(run: Path, name: str, prompts: Path, out: Path, steps: int |
             f"{run} draws {family.size[1]}x{family.size[0]}, but --folder {name} needs pictures of equal sides; "
             f"train one at a square data.resolution"
         )
-    how = distillation.inference(steps)
-    open_folder(out, about(distillation, name, entries, len(how.hops), repr(how)))
-    draw(distillation, student_walk(distillation, how), layout, entries, out, line)
+    drawn = student(distillation, steps)
+    open_folder(out, about(distillation, name, entries, drawn))
+    draw(distillation, drawn.walk, layout, entries, out, line)
     return out
 
 
-def about(distillation: Distillation, name: str, entries: list[Entry], steps: int, how: str) -> dict[str, Any]:
+def about(distillation: Distillation, name: str, entries: list[Entry], drawn: Candidate) -> dict[str, Any]:
     """What decides the pictures of a folder."""
     return {
         "layout": name,
         "prompts": hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16],
         "count": len(entries),
         "model": distillation.recipe.model.source,
-        "weights": fingerprint(distillation),
-        "steps": steps,
-        "sampler": how,
+        "steps": drawn.steps,
+        "weights": drawn.weights,  # and how they are sampled
         "size": list(distillation.family.size),
         "seed": distillation.recipe.eval.seed,
     }
-
-
-def fingerprint(distillation: Distillation) -> str:
-    """A hash of all that the students have learnt."""
-    seen = hashlib.sha256()
-    for who, role in sorted(distillation.students().items()):
-        if who.startswith("student"):
-            for name, p in sorted(role.named_parameters().items()):
-                seen.update(f"{who} {name} {list(p.shape)}".encode() + p.detach().float().cpu().numpy().tobytes())
-    return seen.hexdigest()[:16]
 
 
 def open_folder(out: Path, wanted: dict[str, Any]) -> None:

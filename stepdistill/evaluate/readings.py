@@ -83,17 +83,27 @@ def score(scene: Scene, reading: Reading) -> tuple[float, bool]:
 
 def alignment(scenes: Sequence[Scene], readings: Sequence[Reading]) -> Alignment:
     """How well pictures show what their captions state; reading i is of a picture of scene i."""
-    scores = [score(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
-    kinds = {"": [True] * len(scenes)}
-    kinds |= {f"_{count}": [len(scene.things) == count for scene in scenes] for count in (1, 2, 3)}
-    kinds |= {"_seen": [not scene.held_out for scene in scenes], "_held": [scene.held_out for scene in scenes]}
+    return mean_scores(*scored(scenes, readings))
 
-    def mean(column: int, kind: list[bool]) -> float | None:
-        values = [one[column] for one, is_kind in zip(scores, kind, strict=True) if is_kind]
-        return float(np.mean(values)) if values else None
+
+def scored(scenes: Sequence[Scene], readings: Sequence[Reading]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each picture its `score` [N, 2] and the kind of its caption [N, 2]: objects, and whether a combination is held out."""
+    scores = [score(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
+    kinds = [(len(scene.things), scene.held_out) for scene in scenes]
+    return np.array(scores, np.float64).reshape(-1, 2), np.array(kinds, np.int64).reshape(-1, 2)
+
+
+def mean_scores(scores: np.ndarray, kinds: np.ndarray) -> Alignment:
+    """Means of `scored`, over all captions and over those of each kind."""
+    of = {"": np.full(len(kinds), True)}
+    of |= {f"_{count}": kinds[:, 0] == count for count in (1, 2, 3)}
+    of |= {"_seen": kinds[:, 1] == 0, "_held": kinds[:, 1] == 1}
+
+    def mean(column: int, is_one: np.ndarray) -> float | None:
+        return float(scores[is_one, column].mean()) if is_one.any() else None
 
     names = enumerate(("alignment", "whole"))
-    return Alignment(**{name + suffix: mean(k, kind) for k, name in names for suffix, kind in kinds.items()})
+    return Alignment(**{name + end: mean(k, is_one) for k, name in names for end, is_one in of.items()})
 
 
 def variances(scene: Scene, readings: Sequence[Reading]) -> np.ndarray:
@@ -128,10 +138,14 @@ def diversity(scenes: Sequence[Scene], groups: Sequence[Sequence[Reading]], draw
         drawings: [len(scenes), 3, 4], `variances` of many drawings of each scene.
     """
     table = np.array([variances(scene, group) for scene, group in zip(scenes, groups, strict=True)])
-    table = table.reshape(-1, *drawings.shape[1:])  # [C, 3, 4], also for no captions
+    return spread(table.reshape(-1, *drawings.shape[1:]), drawings)
+
+
+def spread(table: np.ndarray, drawings: np.ndarray) -> Diversity:
+    """Diversity of `variances` [C, 3, 4] of C captions, relative to those of many drawings [C, 3, 4] of each."""
     use = (table[..., 3] > 1) & (drawings[..., 3] > 1)
     if not use.any():
         return Diversity(None, None, None, None)
     ratios = table[use][:, :3] / drawings[use][:, :3]
-    spread = np.sqrt(np.average(ratios, axis=0, weights=table[use][:, 3] - 1)).tolist()
-    return Diversity(float(np.mean(spread)), *spread)
+    roots = np.sqrt(np.average(ratios, axis=0, weights=table[use][:, 3] - 1)).tolist()
+    return Diversity(float(np.mean(roots)), *roots)

@@ -102,7 +102,7 @@ def test_a_folder_of_other_pictures_is_refused(made, prompts, tmp_path):
     out = export_pictures(tmp_path, "geneval", prompts["geneval"], tmp_path / "out", 2)
     before = files(out)
     p = next(iter(made.roles.student.parameters()))
-    with pytest.raises(UserError, match="other steps, sampler"):
+    with pytest.raises(UserError, match="other steps, weights"):
         export_pictures(tmp_path, "geneval", prompts["geneval"], out, 1)
     with pytest.raises(UserError, match="other layout, prompts"):
         export_pictures(tmp_path, "dpg", prompts["dpg"], out, 2)

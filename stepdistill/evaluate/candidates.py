@@ -1,0 +1,134 @@
+"""Who is measured: the student in some number of steps, and the teacher with a stock solver, guided or not. Plain data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..assemble import Distillation
+from ..errors import UserError
+from ..sources import embedded_models, identity
+from .grid import plural, teacher_scale
+from .provenance import digest
+from .shipped import key
+from .walks import Walk, student_walk, teacher_walk
+
+WORDS = {"ddim": "first order", "euler": "first order", "dpm": "DPM-Solver++", "unipc": "UniPC"}  # of --against
+USUAL = "UniPC"  # the solver that is best for most teachers at most numbers of steps
+
+
+@dataclass(frozen=True)
+class Candidate:
+    who: str  # student or teacher
+    steps: int
+    nfe: int  # network evaluations of a picture
+    guidance: float  # 1: unguided
+    solver: str  # of SOLVERS; "" for a student, which has its own way
+    weights: str  # changes when its weights do
+    walk: Walk
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("who", "steps", "nfe", "guidance", "solver")}
+
+    @property
+    def label(self) -> str:
+        return label(self.about)
+
+    @property
+    def folder(self) -> str:
+        """Of its pictures."""
+        unguided = "-unguided" * (self.who == "teacher" and self.guidance == 1)
+        return f"{self.who}-{self.steps}steps{unguided}"
+
+
+def label(row: dict[str, Any]) -> str:
+    """Who is measured, in words, from the fields of a candidate."""
+    name = f"{row['who']}, {plural(row['steps'])}"
+    guided = f", guided {row['guidance']:g}" if row["guidance"] != 1 else ", unguided"
+    return name + guided * (row["who"] == "teacher")
+
+
+def student(distillation: Distillation, steps: int | None = None) -> Candidate:
+    """The student in that many steps (None: those it was made for), with its average where there is one.
+
+    Raises:
+        UserError: it cannot be sampled in that many steps.
+    """
+    how, roles = distillation.inference(steps), distillation.students()
+    nfe = sum(1 if hop.scale == 1 else 2 for hop in how.hops)
+    drawn = {name: p for hop in how.hops for name, p in _named(hop.role, roles[hop.role].named_parameters())}
+    weights = digest([source(distillation), fingerprint(drawn.items()), repr(how)])
+    return Candidate("student", len(how.hops), nfe, 1.0, "", weights, student_walk(distillation, how))
+
+
+def teacher(distillation: Distillation, steps: int, guidance: float, solver: str = USUAL) -> Candidate:
+    """The teacher; guidance 1 is unguided."""
+    nfe = steps if guidance == 1 else 2 * steps
+    walk = teacher_walk(distillation, solver, steps, guidance)
+    return Candidate("teacher", steps, nfe, float(guidance), solver, digest(source(distillation)), walk)
+
+
+def read_against(distillation: Distillation, word: str, best: Mapping[tuple[int, float], str]) -> Candidate:
+    """The teacher of a word like teacher@25, teacher@4:unguided, teacher@4:dpm or teacher@8:7.5:ddim.
+
+    best: by steps and guidance the solvers that are known to be best; others get the usual one.
+
+    Raises:
+        UserError: the word means nothing, or this teacher takes no guidance.
+    """
+    who, *options = word.split(":")
+    head, _, steps = who.partition("@")
+    scale, solver = teacher_scale(distillation), None
+    fine = head == "teacher" and steps.isdecimal() and 1 <= int(steps) <= 1000
+    for option in options:
+        if option in WORDS:
+            solver = WORDS[option]
+        elif option == "unguided":
+            scale = 1.0
+        elif option.replace(".", "", 1).isdecimal():
+            scale = float(option)
+        else:
+            fine = False
+    if not fine:
+        raise UserError(
+            f"--against {word} names no teacher; write teacher@STEPS, and if wanted :unguided or :SCALE, and a solver of "
+            f"{', '.join(f':{name}' for name in WORDS)}, as in teacher@25 or teacher@4:unguided:dpm"
+        )
+    if scale != 1 and distillation.family.guidance_distilled:
+        raise UserError(f"--against {word}: this teacher's guidance is distilled, so it takes no scale; write teacher@{steps}")
+    return teacher(distillation, int(steps), scale, solver or best.get((int(steps), float(scale)), USUAL))
+
+
+def source(distillation: Distillation) -> dict[str, Any]:
+    """What the teacher is, so that another one is told from it: of a folder, the sizes and times of its files."""
+    model = distillation.recipe.model
+    known = embedded_models().get(model.source)
+    about = {"source": identity(model.source), "revision": model.revision, "variant": model.variant, "dtype": model.dtype}
+    about |= {"quantize": model.quantize, "loras": list(model.loras), "precision": distillation.recipe.train.precision}
+    if known:
+        about["files"] = key(known)
+    elif (folder := Path(model.source)).is_dir():
+        files = sorted(folder.rglob("*.safetensors"))
+        about["files"] = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return about
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of the names and values of tensors."""
+    seen = hashlib.sha256()
+    for name, x in sorted(tensors, key=lambda pair: pair[0]):
+        flat = x.detach().flatten().cpu().contiguous()
+        seen.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        seen.update(flat.view(torch.uint8).numpy().data)
+    return seen.hexdigest()
+
+
+def _named(role: str, parameters: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"{role}/{name}", p) for name, p in parameters.items()]

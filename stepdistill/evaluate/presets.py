@@ -1,0 +1,196 @@
+"""What `stepdistill eval` can measure: the embedded world, named protocols, and the user's own prompts and reference."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import perceptual
+from ..data.prompts import read_prompts
+from ..errors import UserError
+from ..show import Line
+from ..sources import check_prompts, suggestion
+from ..tiny.judge import FEATURES as JUDGED
+from . import references, tiny
+from .clip import CLIPS
+from .features import FEATURES, Features, Fitted
+from .frechet import needed
+from .grid import spread
+from .judged import Judged, Spread
+from .measure import VARIED, Asked, Suite
+from .meters import Cmmd, Colour, Distances, Frechet, Meter, Scores, Shown, Variety
+from .references import Reference
+from .rewards import REWARDS
+
+DISTANCES: dict[str, Callable[[Features, Reference], Meter]] = {  # by their features; all need a reference
+    "inception": Distances,
+    "inception-patch": functools.partial(Frechet, prefix="patch_"),
+    "clip": Cmmd,
+    "judge": Distances,
+}
+SCORES = {  # word: the figure, and what scores; these need no reference
+    "clip-score": ("clip", CLIPS["clip"]),
+    "clip-score-dmd2": ("clip", CLIPS["dmd2"]),
+    **{word: (word.replace("-", "_"), make) for word, make in REWARDS.items()},
+}
+WORDS = (*DISTANCES, *SCORES)  # of --features
+EACH, SHOWN = 16, 32  # pictures of one prompt; pictures that people see beside the teacher's
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A protocol: how many pictures, how large, in which features."""
+
+    n: int | None  # None: as many as there are prompts
+    features: tuple[str, ...]  # of WORDS
+    side: int | None = None  # of the pictures that must be drawn, in pixels; None: whatever the run draws
+    square: int | None = None  # side to which pictures and photographs are brought before distances are taken; None: as drawn
+    source: str = ""  # where prompts and photographs come from
+
+
+CAPTIONS = "captions_val2014.json, or a text file of one prompt a line"
+COCO = (
+    "captions_val2014.json, of annotations_trainval2014.zip, and the folder val2014, of val2014.zip, both from "
+    "https://cocodataset.org/#download"
+)
+SCORED = ("inception", "clip-score-dmd2")
+PRESETS = {  # as the evaluation of DMD2, arXiv:2405.14867
+    "coco30k-sd15": Preset(30_000, SCORED, side=512, square=256, source=COCO),
+    "coco10k-sdxl": Preset(10_000, (*SCORED, "inception-patch"), side=1024, square=512, source=COCO),
+}
+OWN = Preset(None, ("inception", "clip-score"))
+
+
+def find_preset(name: str) -> Preset:
+    """Raises UserError for a name that is none of PRESETS."""
+    if name not in PRESETS:
+        known = ("tiny", *PRESETS)
+        raise UserError(f"--preset {name} is none{suggestion(name, known) or '; there are ' + ', '.join(known)}")
+    return PRESETS[name]
+
+
+def tiny_suite(n: int, captions: int = tiny.DIVERSITY_CAPTIONS, each: int = EACH, shown: int = SHOWN, seed: int = 0) -> Suite:
+    """What is measured of a sampler of the embedded world.
+
+    Args:
+        n: pictures behind most figures; FD depends on it, so figures compare at equal n only.
+        captions, each: of the diversity pictures; 0 captions leave diversity out.
+        shown: pictures that are kept as they are.
+        seed: of the noise.
+
+    Raises:
+        UserError: n is too small for the judge's features.
+    """
+    if n < needed(JUDGED):
+        raise UserError(
+            f"{n} pictures are too few for a Frechet distance in {JUDGED} features: set eval.n (--n) to at least {needed(JUDGED)}"
+        )
+    made = tiny.reference()
+    meters = (Judged(references.embedded()), Colour(made.colour), Shown(min(shown, n)))
+    sets = {"plain": Asked([scene.caption for scene in tiny.prompts(n)], meters)}
+    if captions:
+        repeated = [scene.caption for scene in tiny.diversity_prompts(captions) for _ in range(each)]
+        sets["varied"] = Asked(repeated, (Spread(each, made.variances[:captions]),), VARIED, each)
+    return Suite("tiny", sets, decides("64x64", seed))
+
+
+def suite(
+    name: str,
+    preset: Preset,
+    prompts: Path | None,
+    reference: str | None,
+    size: tuple[int, int],
+    seed: int,
+    device: torch.device,
+    cache: Path,
+    line: Line,
+) -> Suite:
+    """What is measured by a protocol on prompts of a file, against a reference.
+
+    Args:
+        reference: a folder of pictures or a file of statistics; None: no distances are measured.
+        size: height and width of the pictures that are drawn.
+        cache: where the features of folders are kept.
+
+    Raises:
+        UserError: prompts or reference are not given, are too few, or do not fit.
+    """
+    label = f"preset {name}" if preset.source else "the evaluation"
+    if unknown := next((word for word in preset.features if word not in WORDS), None):
+        raise UserError(f"--features {unknown} is none{suggestion(unknown, WORDS) or '; there are ' + ', '.join(WORDS)}")
+    if prompts is None or (preset.source and reference is None):
+        where = f": {preset.source}" if preset.source else " of prompts, one a line, and --reference FOLDER for distances"
+        raise UserError(f"{label} needs --prompts FILE{' and --reference FOLDER' * bool(preset.source)}{where}")
+    if preset.side and size != (preset.side, preset.side):
+        raise UserError(
+            f"{label} is of {preset.side}x{preset.side} pixels, but this run draws {size[1]}x{size[0]}; set data.resolution "
+            f"to {preset.side} in the recipe of a run, or measure it by --prompts and --reference of your own"
+        )
+    asked = take(read_captions(prompts), preset.n, prompts)
+    wanted = [word for word in preset.features if word in DISTANCES and reference is not None]
+    if {"inception", "judge"} <= set(wanted):
+        raise UserError("--features inception and judge are both told as fd; leave one out")
+    networks: dict[str, Features] = {}
+    for word in wanted:
+        made = FEATURES[word](device)
+        if word != "clip" and len(asked) < needed(made.dim):
+            raise UserError(
+                f"{len(asked)} pictures are too few for a Frechet distance in {made.dim} features of {word}: give at least "
+                f"{needed(made.dim)} (--n, --prompts), and 10,000 for figures that others compare with; or --features clip"
+            )
+        whole = preset.square and word != "inception-patch"  # which looks at pictures and photographs as they are
+        networks[word] = Fitted(made, preset.square) if whole else made
+    meters: list[Meter] = []
+    same = None if preset.square else size  # else pictures of any size are brought to one
+    for word, network in networks.items():
+        meters.append(DISTANCES[word](network, references.reference(reference, network, same, cache, line)))
+    for figure, score in (SCORES[word] for word in preset.features if word in SCORES):
+        meters.append(Scores(figure, score(device)))
+    meters += [Colour(), Shown(min(SHOWN, len(asked)))]
+    repeated = [prompt for prompt in spread(asked, 32) for _ in range(EACH)]
+    many = (Variety(EACH, next(iter(networks.values()), None), lpips=perceptual.installed()),)
+    sets = {"plain": Asked(asked, tuple(meters)), "varied": Asked(repeated, many, VARIED, EACH)}
+    measured = f"{preset.square}x{preset.square}" if preset.square else f"{size[1]}x{size[0]}"
+    return Suite(name, sets, decides(f"{size[1]}x{size[0]}", seed) | {"measured": measured})
+
+
+def decides(size: str, seed: int) -> dict[str, str]:
+    return {"size": size, "measured": size, "noise": f"by picture index, seed {seed}"}
+
+
+def take(prompts: Sequence[str], n: int | None, source: Path) -> list[str]:
+    """The first n of them.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if n is not None and len(prompts) < n:
+        raise UserError(f"--n {n} is more than the {len(prompts)} prompts of {source}; give more prompts or a smaller --n")
+    return list(prompts[:n])
+
+
+def read_captions(path: Path) -> list[str]:
+    """Prompts of a file: of COCO's annotations the first caption of each picture, by the pictures' numbers; else as a recipe
+    reads them.
+
+    Raises:
+        UserError: it is not there, cannot be read, or holds none.
+    """
+    if path.suffix.lower() != ".json":
+        if wrong := next(check_prompts(str(path)), None):
+            raise UserError(f"--prompts {wrong}")
+        return read_prompts(str(path))
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+        first = {one["image_id"]: one for one in sorted(said, key=lambda one: one["id"], reverse=True)}  # the lowest id last
+        found = [str(first[image]["caption"]).strip() for image in sorted(first)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--prompts {path} holds no annotations of COCO ({error}); give {CAPTIONS}") from None
+    if not any(found):
+        raise UserError(f"--prompts {path} holds no caption; give {CAPTIONS}")
+    return [caption for caption in found if caption]
