@@ -182,7 +182,6 @@ def two(tmp_path):
 
 
 def test_two_runs_beside_each_other(two):
-    pytest.importorskip("stepdistill.evaluate.provenance")
     made = page(*two)
     assert (two[0].parent / "report.html").is_file()
     assert len(made.all("tr", **{"class": "student"})) == 2
@@ -197,13 +196,11 @@ def test_runs_of_equal_name_are_told_apart(tmp_path, monkeypatch):
     for home in "ab":
         (tmp_path / home).mkdir()
         bare(tmp_path / home / "same")
-    pytest.importorskip("stepdistill.evaluate.provenance")
     assert main(["report", "a/same", "b/same"]) == 0
     assert "a/same" in Page((tmp_path / "report.html").read_text()).text  # where the command runs
 
 
 def test_runs_that_do_not_compare_are_refused_by_field(two, capsys):
-    pytest.importorskip("stepdistill.evaluate.provenance")
     measured(two[1], provenance={"compared": {"n": 9, "noise": "by index"}, "told": {"torch": "1"}})
     assert main(["report", *map(str, two)]) == 2
     said = capsys.readouterr().err
