@@ -51,9 +51,17 @@ class Paths:
         self.roles: Roles = roles.swap(**{name: replace(role, precision=None) for name, role in roles.items()})
         self.cond, self.null = self.family.encode_prompts([prompt]), self.family.null_prompts()
 
-    def scale(self, how: Inference) -> float:
-        """The guidance scale of the base model, where none is asked for: what the student was distilled at, or is told."""
-        return 1.0 if self.null is None else how.guidance or teacher_scale(self.distillation)
+    def scale(self, how: Inference, asked: float | None = None) -> float:
+        """The guidance scale of the base model: as asked, otherwise what the student is told or was distilled at.
+
+        Raises:
+            UserError: another than 1 is asked of a base model that cannot be guided.
+        """
+        if self.null is not None:
+            return asked or how.guidance or teacher_scale(self.distillation)
+        if asked not in (None, 1):
+            raise UserError(f"--base-guidance {asked:g}: this base model's guidance is distilled into it; leave it out")
+        return 1.0
 
     def latents(self, how: Inference) -> list[Tensor]:
         """The prediction of the final latents [1, ...] after every hop; the last is what sampling gives."""
@@ -111,8 +119,7 @@ def sample_stepwise(
         show: the predictions of every step in one picture (PNG), beside those of the base model, in place of the last alone.
 
     Raises:
-        UserError: as `serve.sample_run`, as `assemble.restore`; no step is left to the student, or the base model cannot be
-            guided.
+        UserError: as `serve.sample_run`, as `assemble.restore`, as `Paths.scale`, or no step is left to the student.
     """
     check_request(prompt, seed)
     distillation = restore(folder)
@@ -122,11 +129,7 @@ def sample_stepwise(
     name = f"{words(prompt)}_{len(how.hops)}steps_seed{seed}" + f"_base{first}" * (first > 0)
     out = destination(out, name + "_shown" * show, (".png",) if show else SUFFIXES[video])
     paths = Paths(distillation, prompt, seed)
-    if scale not in (None, 1) and paths.null is None:
-        raise UserError(
-            f"--base-guidance {scale:g}: the guidance of a {paths.family.pipeline} is distilled into it; leave it out"
-        )
-    mixed = base_first(how, first, paths.scale(how) if scale is None else scale)
+    mixed = base_first(how, first, paths.scale(how, scale))
     if show:
         draw_rows(prompt, rows(paths, how, mixed)).save(out, optimize=True)
         return out

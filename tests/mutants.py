@@ -132,7 +132,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("sampling.py", "if not 0 <= k < n", "if not 0 <= k <= n", "sampling"),
     ("stepwise.py", "p.x0 for p, _ in made[:-1]", "x for _, x in made[:-1]", "stepwise"),
     ("stepwise.py", "round((k + 1) * n / columns) - 1", "round(k * n / columns)", "stepwise"),
-    ("stepwise.py", "1.0 if self.null is None else", "", "stepwise"),
+    ("stepwise.py", "if self.null is not None:", "if True:", "stepwise"),
     ("assemble.py", "(student, student + AVERAGE)", "(student,)", "restore"),
     ("assemble.py", "if shared_out else made", "if False else made", "restore"),
     ("inference.py", "= Path(place).name", "= place", "restore"),

@@ -80,8 +80,11 @@ def test_the_scale_is_what_was_distilled(paths, tmp_path):
     how = paths.distillation.inference()
     assert paths.scale(how) == 11  # the middle of LCM's 6 to 16
     assert paths.scale(replace(how, guidance=3.0)) == 3  # what the student is told
+    assert paths.scale(replace(how, guidance=3.0), 1.0) == 1
     distilled = Paths(student(tmp_path, "flux", "data.resolution=16", strategy="{name: dmd2, guidance: 1}"), PROMPTS[0], 0)
-    assert distilled.scale(replace(how, guidance=3.0)) == 1  # there is nothing to guide with
+    assert distilled.scale(replace(how, guidance=3.0)) == distilled.scale(how, 1.0) == 1  # there is nothing to guide with
+    with pytest.raises(UserError, match=r"--base-guidance 2\.5: this base model's guidance is distilled into it; leave it out"):
+        distilled.scale(how, 2.5)
     assert len(distilled.latents(base_first(Inference(how.hops[:2], renoise=False), 1, 1.0))) == 2
 
 
