@@ -1,7 +1,10 @@
 """What base-first sampling (arXiv:2503.10637) does to students of the embedded teachers: diversity, distance, alignment.
 
     stepdistill train quickstart
-    python benchmarks/base_first.py runs/quickstart
+    stepdistill train quickstart name=dmd2_4steps strategy.steps=4
+    stepdistill train quickstart name=dmd2_sd3 model.source=stepdistill/tiny-sd3 lora.rank=32 train.steps=300
+    stepdistill train tscd_tiny_sd name=tscd
+    python benchmarks/base_first.py runs/quickstart runs/dmd2_4steps runs/dmd2_sd3 runs/tscd
 
 Each student in its own number of steps, with no step by its base model and with the first --first ones, guided as it was
 distilled and unguided. Figures go into benchmarks/base_first.json after each run, beside those of other runs.
@@ -55,7 +58,7 @@ def result(run: Path, firsts: list[int], n: int, line: Line) -> dict[str, Any]:
         "renoise": distillation.inference().draws,
         "rows": [measure(distillation, first, scale, n, line) for first, scale in asked],
         "command": f"python benchmarks/base_first.py runs/{run.name} --first {' '.join(map(str, firsts))} --n {n}",
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{platform.machine()}, cores: {len(os.sched_getaffinity(0))}",
         "commit": commit.stdout.strip(),
     }
 
