@@ -76,7 +76,9 @@ def lean(data: dict) -> dict:
 def without_noise(text: str) -> str:
     """A stream's text without progress bars, empty lines and the warnings of libraries."""
     lines = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rsplit("\r", 1)[-1] for line in text.split("\n")]
-    noise = re.compile(r"Warning|^W\d{4} |^Failed to load|^Unable to import|it/s\]|\?it|^\s+warnings\.warn|tqdm|^No LoRA keys")
+    noise = re.compile(
+        r"Warning|^W\d{4} |^Failed to load|^Unable to |it/s\]|\?it|^\s+warnings\.warn|tqdm|^No LoRA|^\[transformers\]"
+    )
     return "".join(f"{line}\n" for line in lines if line.strip() and not noise.search(line))
 
 
