@@ -125,7 +125,7 @@ def test_what_is_written_is_clean(made):
         stream("stream", name="stderr", text="\x1b[A\n 10%|#  | 1/9 [00:01<00:08, 1.0it/s]\rdone\n  FutureWarning: gone\n"),
         stream("display_data", data=forms),
     ]
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"version": "3.11"}})
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "3.11"}})
     made.clean(notebook)
     nbformat.validate(notebook)
     text, picture = notebook.cells[0].outputs
