@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-long lint clean
+.PHONY: quickstart test test-long lint notebooks clean
 quickstart: .venv/ready
 	$(BIN)/stepdistill train quickstart
 
@@ -30,6 +30,9 @@ lint: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
+
+notebooks: .venv/ready  # executed anew, and written with what they show: minutes
+	$(BIN)/python notebooks/make.py
 
 clean:
 	rm -rf .venv build dist *.egg-info
