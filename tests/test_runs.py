@@ -47,6 +47,7 @@ def test_a_run_writes_what_the_contract_names_and_then_says_it_is_finished(recip
     assert {"seconds", "student/consistency", "student/grad_norm", "student/lr"} <= lines[0].keys()
     assert sorted(p.name for p in (run.folder / "samples").glob("*.png")) == ["000000.png", "000002.png", "000004.png"]
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["000002", "000004"]
+    assert "stepdistill.load_pipeline" in (run.folder / "report.html").read_text()
     for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "stepdistill.json", "README.md"):
         assert (run.export / name).is_file()
     capsys.readouterr()
