@@ -36,6 +36,8 @@ COLUMNS = (
     Column("density", "density", ".3f", "higher", "how densely the reference lies around pictures"),
     Column("coverage", "coverage", ".3f", "higher", "share of the reference with a picture nearby"),
     Column("diversity", "diversity", ".2f", "higher", "spread of pictures of one caption; of the judge's, 1 is the drawings'"),
+    Column("variety", "variety", ".3f", "higher", "1 - SSIM of two pictures of one prompt"),
+    Column("variety_lpips", "variety, LPIPS", ".3f", "higher", "perceptual distance of two pictures of one prompt"),
     Column("vendi", "Vendi", ".2f", "higher", "effective number of different pictures"),
     Column(
         "fidelity",
@@ -47,7 +49,9 @@ COLUMNS = (
     Column("fidelity_dssim", "1 - SSIM", ".3f", "lower", "structural distance to the teacher's picture at the same noise"),
     Column("fidelity_lpips", "LPIPS", ".3f", "lower", "perceptual distance to the teacher's picture at the same noise"),
     Column("saturation", "saturation", ".3f", "", "mean of the pictures' colours; compare it with the teacher's"),
+    Column("saturation_relative", "saturation", ".2f", "", "relative to the reference's; 1 is the same"),
     Column("contrast", "contrast", ".3f", "", "mean spread of brightness; compare it with the teacher's"),
+    Column("contrast_relative", "contrast", ".2f", "", "relative to the reference's; 1 is the same"),
     Column(
         "ms", "time", ".1f", "lower", "of one picture, with its quartiles where they are known", ("ms_low", "ms_high"), 1, "ms"
     ),
@@ -83,8 +87,9 @@ class Tile(NamedTuple):
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """Those of which some row has a value."""
-    return [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    """Those of which some row has a value; of a figure that is also told relative to the reference, that alone."""
+    there = {column.key: column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)}
+    return [column for key, column in there.items() if f"{key}_relative" not in there]
 
 
 def table(rows: Sequence[Row]) -> list[Line]:
