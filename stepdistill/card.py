@@ -12,7 +12,10 @@ from .lora_sources import LoraSource
 from .sidecar import WHOLE, Serving
 
 HUB = "https://huggingface.co"
-FIGURES = ("who", "steps", "nfe", "guidance", "solver", "n", "fd", "fd_low", "fd_high", "alignment", "diversity", "ms")
+FIGURES = (
+    *("who", "steps", "nfe", "guidance", "solver", "n", "fd", "fd_low", "fd_high", "kid", "patch_fd", "cmmd", "recall"),
+    *("alignment", "clip", "diversity", "fidelity", "ms"),
+)
 QUANTIZED = {  # to what: what diffusers must bring, what else is imported, how a network is quantized
     None: ([], [], ""),
     "int8": (
@@ -41,8 +44,10 @@ def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None,
     parts += ["## Settings", settings(told)]
     if files := places(told):
         parts += ["## In other programs", files]
-    if found := [row for result in results for row in rows(result)]:
-        parts += ["## Figures", figures(found)]
+    if found := [(result, rows(result)) for result in results if rows(result)]:
+        parts.append("## Figures")
+        for result, of in found:  # each in a table of its own: figures of several protocols do not compare
+            parts += [*measured(result), figures(of)]
     if picture:
         parts += ["## Samples", f"![The teacher's rows beside the student's]({picture})"]
     return "\n\n".join(parts) + "\n"
@@ -229,6 +234,12 @@ def rows(result: Any) -> list[Mapping[str, Any]]:
             return [result]
         return [row for value in result.values() for row in rows(value)]
     return [row for value in result for row in rows(value)] if isinstance(result, list) else []
+
+
+def measured(result: Any) -> list[str]:
+    """By which protocol a result was measured, in words, if it says so."""
+    about = result.get("provenance", {}).get("compared", {}) if isinstance(result, Mapping) else {}
+    return [f"Measured by the preset `{about['preset']}` of stepdistill on {about['n']:,} pictures."] if about else []
 
 
 def figures(found: Sequence[Mapping[str, Any]]) -> str:

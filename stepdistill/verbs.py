@@ -60,8 +60,8 @@ def eval_(args) -> None:
         )
     from .evaluate.evaluation import evaluate_run
 
-    options = ("preset", "prompts", "reference", "n", "steps", "against", "features", "batch")
-    evaluate_run(args.folder, **{name: getattr(args, name) for name in options})
+    own = (args.n, args.steps, args.against, args.features, args.batch)
+    evaluate_run(args.folder, args.preset, args.prompts, args.reference, *own)
 
 
 def report(args) -> None:

@@ -47,13 +47,18 @@ def test_the_card_shows_figures_and_the_newest_grid(copied, tmp_path):
         {"who": "teacher", "steps": 25, "solver": "DDIM", "guidance": 2.0, "n": 8, "fd": 9.75},
         {"who": "student", "steps": 4, "solver": "", "guidance": 1.0, "n": 8, "fd": 3.14159, "alignment": None},
     ]
-    (run / "eval" / "table.json").write_text(json.dumps({"rows": rows, "provenance": {"seed": 1}}))
+    compared = {"preset": "tiny", "n": 2048}
+    (run / "eval" / "tiny.json").write_text(json.dumps({"rows": rows, "provenance": {"compared": compared}}))
+    other = [{"who": "student", "steps": 4, "guidance": 1.0, "n": 8, "fd": 2.9}]
+    (run / "eval" / "mine.json").write_text(json.dumps({"rows": other, "provenance": {"compared": {"preset": "mine", "n": 8}}}))
     for step in ("000300", "000100"):
         (run / "samples" / f"{step}.png").write_bytes(step.encode())
     write_card(out, run)
     text = (out / "README.md").read_text()
     assert "| student | 4 | 1 |  | 8 | 3.142 |" in text and "| teacher | 25 | 2 | UniPC | 8 | 2.5 |" in text
     assert "9.75" not in text  # only the best solver
+    assert "| student | 4 | 1 | 8 | 2.9 |" in text  # of another protocol, so not beside 3.142
+    assert "preset `mine` of stepdistill on 8 pictures" in text and "preset `tiny` of stepdistill on 2,048" in text
     assert "](samples.png)" in text and (out / "samples.png").read_bytes() == b"000300"
 
 

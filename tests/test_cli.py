@@ -257,7 +257,11 @@ def test_overrides_may_stand_anywhere(monkeypatch):
             "stepwise.sample_stepwise",
             (Path("a"), "p", None, 0, None, 0, False, None),
         ),
-        (["eval", "a"], "evaluate.table.evaluate_run", (Path("a"),)),
+        (
+            ["eval", "a", "--prompts", "p", "--n", "9", "--steps", "1,2", "--against", "teacher@4, none", "--batch", "7"],
+            "evaluate.evaluation.evaluate_run",
+            (Path("a"), None, Path("p"), None, 9, (1, 2), ("teacher@4", "none"), (), 7),
+        ),
         (["export", "a", "--formats", "kohya,fused"], "export.export_run", (Path("a"), ("kohya", "fused"), None)),
     ],
 )

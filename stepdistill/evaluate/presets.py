@@ -88,8 +88,7 @@ def tiny_suite(n: int, captions: int = tiny.DIVERSITY_CAPTIONS, each: int = EACH
     """
     if n < needed(JUDGED):
         raise UserError(
-            f"{n} pictures are too few for a Frechet distance in {JUDGED} features: "
-            f"set eval.n (--n) to at least {needed(JUDGED)}"
+            f"{n} pictures are too few for a Frechet distance in {JUDGED} features: give --n (eval.n) {needed(JUDGED)} or more"
         )
     made = tiny.reference()
     meters = (Judged(references.embedded()), Colour(made.colour), Shown(min(shown, n)))

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("source", choices=tuple(embedded_models()))
     parser.add_argument("--guidance", type=float, required=True, help="the scale of the guided rows")
     parser.add_argument("--n", type=int, default=tiny.PICTURES, help="pictures a figure")
-    parser.add_argument("--work", type=Path, help="a folder; with the same one an interrupted measurement goes on")
+    parser.add_argument("--work", type=Path, help="a folder in which an interrupted measurement goes on")
     options = parser.parse_args()
     line, folder = Line(), embedded_models()[options.source]
     settings = [f"model.source={options.source}", f"strategy.guidance={options.guidance}"]
@@ -47,11 +47,11 @@ def main() -> None:
         rivals = list(usual(bench, best_known(before)))
         model = nearest(bench, [candidate for candidate, _ in rivals], {})
         rows = []
-        for candidate, more in rivals:  # written after each
-            found = row(bench, candidate, model, None)
-            rows.append(found | (more or {"tried": tried[candidate.steps, candidate.guidance]}))
-            made = {"key": key(folder), "rows": rows, "provenance": about}
-            (folder / NAME).write_text(json.dumps(made, indent=1))
+        for candidate, more in rivals:
+            more = more or {"tried": tried[candidate.steps, candidate.guidance]}
+            rows.append(row(bench, candidate, model, None) | more)
+            line.say(render(rows[-1:], about).splitlines()[3])
+    (folder / NAME).write_text(json.dumps({"key": key(folder), "rows": rows, "provenance": about}, indent=1))
     line.say(render(rows, about))
 
 

@@ -6,7 +6,6 @@ import torch
 from students import student
 
 from stepdistill.evaluate.grid import draw_grid
-from stepdistill.evaluate.table import render
 from stepdistill.evaluate.walks import SOLVERS, new_solver, sampler, student_walk, teacher_walk
 from stepdistill.sampling import Inference, trailing
 
@@ -61,11 +60,3 @@ def test_a_grid_has_a_row_for_each_label():
     pictures = np.zeros((3, 8, 8, 3), np.uint8)
     one, two = (draw_grid([("teacher\n4 steps", pictures)] * n, PROMPTS) for n in (1, 2))
     assert one.width == two.width and two.height > one.height
-
-
-def test_the_table_reads():
-    row = {"who": "teacher", "steps": 4, "nfe": 8, "guidance": 3.0, "solver": "UniPC"}
-    row |= {"fd": 1.234, "fd_low": 1.0, "fd_high": 1.5, "alignment": 0.5, "diversity": None, "ms": 2.0}
-    text = render([row], 0.1)
-    for part in ("teacher, 4 steps, guided 3", "8", "1.23", "1.00 .. 1.50", "50.0%", "UniPC", "0.10"):
-        assert part in text
