@@ -85,7 +85,7 @@ def figures_of(bench: Bench, candidate: Candidate, teacher: Candidate) -> Figure
     found = figures(bench.suite, kept)
     if "pictures" in kept.get("shown", {}):
         shown = kept["shown"]["pictures"]
-        pictures.save(bench.shown / candidate.folder, shown, bench.key(candidate))
+        show(bench, candidate, shown)
         found |= fidelity(shown, first_pictures(bench, teacher, len(shown)))
     return found
 
@@ -94,12 +94,16 @@ def first_pictures(bench: Bench, candidate: Candidate, n: int) -> np.ndarray:
     """A candidate's first n pictures, from their files if they are there."""
     folder, key = bench.shown / candidate.folder, bench.key(candidate)
     if (made := pictures.load(folder, n, key)) is None:
-        prompts = bench.suite.sets["plain"].prompts[:n]
         bench.line.say(f"{candidate.label}: drawing the first {n} pictures, to compare with")
-        made = bench.sampler(candidate)(prompts, 0)
-        pictures.save(folder, made, key)
-        pictures.save_prompts(bench.shown, prompts)
+        made = bench.sampler(candidate)(bench.suite.sets["plain"].prompts[:n], 0)
+        show(bench, candidate, made)
     return made
+
+
+def show(bench: Bench, candidate: Candidate, made: np.ndarray) -> None:
+    """Keep a candidate's first pictures as files, and their prompts."""
+    pictures.save(bench.shown / candidate.folder, made, bench.key(candidate))
+    pictures.save_prompts(bench.shown, bench.suite.sets["plain"].prompts[: len(made)])
 
 
 def speed_of(bench: Bench, candidate: Candidate) -> dict[str, float]:

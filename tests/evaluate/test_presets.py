@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from stepdistill.errors import UserError
+from stepdistill.evaluate import presets
 from stepdistill.evaluate.measure import collect, figures, make
 from stepdistill.evaluate.presets import OWN, PRESETS, Preset, find_preset, read_captions, suite
 from stepdistill.show import Line
@@ -28,14 +29,15 @@ def prompts(tmp_path):
     return file
 
 
-def test_own_prompts_and_pictures_are_measured(tmp_path, prompts):
+def test_own_prompts_and_pictures_are_measured(tmp_path, prompts, monkeypatch):
     """The reference's own pictures are at distance 0 from it."""
+    monkeypatch.setattr(presets, "EACH", 2)
     images = draw(scenes(70, 3, "all"), 3).images
     (tmp_path / "photos").mkdir()
     for k, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / "photos" / f"{k:03d}.png")
     of = made(tmp_path, Preset(None, ("judge",)), prompts, str(tmp_path / "photos"))
-    assert of.n == 70 and of.compared["groups"] == "32 prompts x 16"
+    assert of.n == 70 and of.compared["groups"] == "32 prompts x 2"
 
     def sample(captions, first):
         return images[first : first + len(captions)] if first < 70 else np.resize(images, (len(captions), 64, 64, 3))
@@ -54,13 +56,13 @@ def test_without_a_reference_no_distance_is_taken(tmp_path, prompts):
 @pytest.mark.parametrize(
     ("preset", "options", "said"),
     [
-        (COCO, {"name": "coco30k-sd15"}, "coco30k-sd15 needs --prompts FILE and --reference FOLDER: captions_val2014.json, .*cocodataset"),
+        (COCO, {"name": "coco30k-sd15"}, "sd15 needs --prompts FILE and --reference FOLDER: captions_val2014.*cocodataset"),
         (OWN, {}, "needs --prompts FILE of prompts"),
         (Preset(None, ("incepton",)), {"prompts": True}, "--features incepton is none; did you mean 'inception'"),
         (Preset(71, ("judge",)), {"prompts": True}, "--n 71 is more than the 70 prompts of"),
         (Preset(64, ("judge",)), {"prompts": True, "reference": "x"}, "64 pictures are too few .* at least 65"),
         (Preset(None, ("judge", "inception")), {"prompts": True, "reference": "x"}, "leave one out"),
-        (COCO, {"prompts": True, "reference": "x"}, "is of 512x512 pixels, but this run draws 64x64; set data.resolution to 512"),
+        (COCO, {"prompts": True, "reference": "x"}, "512x512 pixels, but this run draws 64x64; set data.resolution to 512"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(tmp_path, prompts, preset, options, said):
