@@ -17,12 +17,14 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from stepdistill.assemble import Distillation, restore
 from stepdistill.evaluate.grid import teacher_scale
-from stepdistill.evaluate.tiny import evaluate_tiny
+from stepdistill.evaluate.measure import collect, figures, make
+from stepdistill.evaluate.presets import tiny_suite
 from stepdistill.evaluate.walks import sampler, student_walk
 from stepdistill.recipe import strategy_name
 from stepdistill.sampling import base_first
@@ -38,7 +40,10 @@ def measure(distillation: Distillation, first: int, scale: float, n: int, line: 
     how, wanted = base_first(distillation.inference(), first, scale), distillation.recipe.eval
     pictures = sampler(distillation, student_walk(distillation, how), wanted.seed, wanted.batch)
     label = f"{distillation.recipe.name}, {first} by the base, guided {scale:g}"
-    found = evaluate_tiny(pictures, n, progress=lambda done, of: line.report(label, done, of)).to_dict()
+    suite = tiny_suite(n, shown=1, seed=wanted.seed)
+    with tempfile.TemporaryDirectory() as kept:
+        make(pictures, suite, Path(kept), lambda done, of: line.report(label, done, of))
+        found = figures(suite, collect(suite, Path(kept)))
     nfe = sum(1 if hop.scale == 1 else 2 for hop in how.hops)
     about = {"steps": len(how.hops), "first": first, "guidance": scale if first else None, "nfe": nfe}
     return about | {key: found[key] for key in KEPT}
