@@ -17,7 +17,7 @@ from .assemble import Distillation, assemble
 from .data import build_batches
 from .devices import placed
 from .errors import Diverged, UserError
-from .evaluate.evaluation import evaluate
+from .evaluate.evaluation import check, evaluate
 from .evaluate.grid import Samples
 from .export import write_card, write_export
 from .inference import recipe_hash, serving
@@ -76,6 +76,7 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     """
     run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
     check_machine(recipe)
+    check(recipe)
     start = find_start(run, recipe, resume, line)
     if start is not None and start == checkpoint.latest(run.checkpoints) and run.finished(recipe):
         line.say(f"{run.folder} is finished ({run.step} steps). Its export: {run.export}")

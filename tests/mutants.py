@@ -402,4 +402,20 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("report/curves.py", "s[np.argmin(y[s])], s[np.argmax(y[s])]", "s[0], s[-1]", "curves"),
     ("report/figures.py", 'if column.better == "lower" else max', "if True else max", "figures"),
     ("report/plots.py", "(?=[^<>]*>)", "", "curves"),
+    ("evaluate/rows.py", "size = max(1, BLOCK // group) * group", "size = BLOCK", "measure"),
+    (
+        "evaluate/rows.py",
+        "return spans[distributed.rank() :: distributed.world()]",
+        "return spans[distributed.rank() :]",
+        "measure",
+    ),
+    ("evaluate/rows.py", "        if not whole(file):", "        if not file.exists():", "measure"),
+    ("evaluate/measure.py", "sample(prompts, asked.first + span.start)", "sample(prompts, asked.first)", "measure"),
+    (
+        "evaluate/provenance.py",
+        "if left.get(name) != right.get(name)]",
+        "if name in left and left[name] != right.get(name)]",
+        "provenance",
+    ),
+    ("evaluate/candidates.py", "fingerprint(drawn.items()), ", "", "evaluation"),
 ]

@@ -86,7 +86,7 @@ def figures_of(bench: Bench, candidate: Candidate, teacher: Candidate) -> Figure
     if "pictures" in kept.get("shown", {}):
         shown = kept["shown"]["pictures"]
         show(bench, candidate, shown)
-        found |= fidelity(shown, first_pictures(bench, teacher, len(shown)))
+        found |= fidelity(shown, first_pictures(bench, teacher, len(shown)), lpips=bench.suite.name != "tiny")
     return found
 
 

@@ -14,6 +14,7 @@ from .. import distributed
 from ..assemble import Distillation, restore
 from ..data.texts import Texts
 from ..errors import UserError
+from ..recipe import Recipe
 from ..show import Line
 from ..sources import EMBEDDED_DATA
 from . import provenance, tiny
@@ -41,6 +42,12 @@ def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
         line.say("no table: figures are of pictures, and this student makes videos")
         return []
     return compare(distillation, tiny_suite(recipe.eval.n, seed=recipe.eval.seed), folder, line)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises UserError where `evaluate` would, at the end of a long training."""
+    if recipe.data.prompts == EMBEDDED_DATA and recipe.eval.n:
+        tiny_suite(recipe.eval.n)
 
 
 def evaluate_run(

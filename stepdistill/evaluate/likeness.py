@@ -15,13 +15,15 @@ WINDOW = 11  # pixels: the side of SSIM's Gaussian window
 PIXELS = 2**22  # of the pictures that are floats at once
 
 
-def likeness(pictures: np.ndarray, teacher: np.ndarray, device: torch.device | str = "cpu") -> dict[str, np.ndarray]:
+def likeness(
+    pictures: np.ndarray, teacher: np.ndarray, device: torch.device | str = "cpu", lpips: bool = True
+) -> dict[str, np.ndarray]:
     """Distances of uint8 pictures [N, H, W, 3] from the teacher's, picture by picture; each [N] float64, 0 if equal
     (1 - SSIM to 1e-3).
 
     Returns:
         "rmse", the root of the mean square over pixels and channels, in [0, 1]; "dssim", 1 - SSIM, in [0, 2]; and "lpips"
-        if the package lpips is installed.
+        if the package lpips is installed and not left out.
 
     Raises:
         UserError: pictures that are not uint8 [N, H, W, 3] of one shape, or below 11 pixels; LPIPS's weights
@@ -29,7 +31,7 @@ def likeness(pictures: np.ndarray, teacher: np.ndarray, device: torch.device | s
     """
     if np.shape(pictures) != np.shape(teacher):
         raise UserError(f"pictures {list(np.shape(pictures))} and the teacher's {list(np.shape(teacher))} differ in shape")
-    distances = {"rmse": _rmse, "dssim": dissimilarity} | ({"lpips": perceived} if perceptual.installed() else {})
+    distances = {"rmse": _rmse, "dssim": dissimilarity} | ({"lpips": perceived} if lpips and perceptual.installed() else {})
     found: dict[str, list[Tensor]] = {name: [torch.empty(0)] for name in distances}
     for a, b in zip(blocks(pictures), blocks(teacher), strict=True):
         a, b = a.to(device), b.to(device)

@@ -154,7 +154,8 @@ class Shown:
         return {}
 
 
-def fidelity(pictures: np.ndarray, teacher: np.ndarray) -> Figures:
-    """Mean distances of pictures from the teacher's of the same noise and prompts, uint8 [N, H, W, 3]."""
+def fidelity(pictures: np.ndarray, teacher: np.ndarray, lpips: bool) -> Figures:
+    """Mean distances of pictures from the teacher's of the same noise and prompts, uint8 [N, H, W, 3]; lpips: where it is
+    installed, that too."""
     names = {"rmse": "fidelity", "dssim": "fidelity_dssim", "lpips": "fidelity_lpips"}
-    return {names[name]: float(np.mean(x, dtype=np.float64)) for name, x in likeness(pictures, teacher).items()}
+    return {names[name]: float(np.mean(x, dtype=np.float64)) for name, x in likeness(pictures, teacher, lpips=lpips).items()}

@@ -135,6 +135,8 @@ def suite(
     wanted = [word for word in preset.features if word in DISTANCES and reference is not None]
     if {"inception", "judge"} <= set(wanted):
         raise UserError("--features inception and judge are both told as fd; leave one out")
+    if perceptual.installed():
+        perceptual.network(device)  # what it lacks is told before hours of sampling
     networks: dict[str, Features] = {}
     for word in wanted:
         made = FEATURES[word](device)

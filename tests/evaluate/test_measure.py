@@ -54,9 +54,9 @@ def test_figures_of_known_pictures(tmp_path):
     assert found["n"] == 40 and 0.5 < found["variety"] < 1.2
     shown = collect(small(), tmp_path)["shown"]["pictures"]
     np.testing.assert_array_equal(shown, pictures[:5])
-    assert fidelity(shown, shown)["fidelity"] == 0
+    assert fidelity(shown, shown, lpips=False)["fidelity"] == 0
     grey = np.full_like(shown, 51)
-    assert fidelity(grey, grey + 51)["fidelity"] == pytest.approx(0.2)
+    assert fidelity(grey, grey + 51, lpips=False)["fidelity"] == pytest.approx(0.2)
 
 
 def test_an_interruption_loses_one_block_and_changes_nothing(tmp_path):
