@@ -19,26 +19,18 @@ class Column(NamedTuple):
     unit: str = ""
 
 
-COLUMNS = (
+COLUMNS = (  # those that answer most questions first
     Column("nfe", "evaluations", ".0f", "", "network calls a picture; guidance counts twice"),
     Column("fd", "FD", ".2f", "lower", "Fréchet distance to the reference, with its 95 % interval", ("fd_low", "fd_high")),
     Column("patch_fd", "patch FD", ".2f", "lower", "Fréchet distance of crops at full resolution"),
-    Column("kid", "KID", ".4f", "lower", "kernel distance to the reference, which does not grow as pictures are fewer"),
     Column("cmmd", "CMMD", ".3f", "lower", "kernel distance of CLIP features"),
     Column(
         "alignment", "alignment", ".1f", "higher", "share of what captions state that a judge reads in pictures", None, 100, "%"
     ),
     Column("clip", "CLIP score", ".3f", "higher", "cosine of picture and prompt"),
-    Column("hps", "HPSv2", ".3f", "higher", "what people are expected to prefer"),
-    Column("image_reward", "ImageReward", ".3f", "higher", "what people are expected to prefer"),
-    Column("precision", "precision", ".3f", "higher", "share of pictures that lie among the reference's"),
     Column("recall", "recall", ".3f", "higher", "share of the reference that lies among the pictures"),
-    Column("density", "density", ".3f", "higher", "how densely the reference lies around pictures"),
-    Column("coverage", "coverage", ".3f", "higher", "share of the reference with a picture nearby"),
     Column("diversity", "diversity", ".2f", "higher", "spread of pictures of one caption; of the judge's, 1 is the drawings'"),
-    Column("variety", "variety", ".3f", "higher", "1 - SSIM of two pictures of one prompt"),
-    Column("variety_lpips", "variety, LPIPS", ".3f", "higher", "perceptual distance of two pictures of one prompt"),
-    Column("vendi", "Vendi", ".2f", "higher", "effective number of different pictures"),
+    Column("saturation_relative", "saturation", ".2f", "", "relative to the reference's; 1 is the same"),
     Column(
         "fidelity",
         "fidelity",
@@ -46,15 +38,23 @@ COLUMNS = (
         "lower",
         "distance to the teacher's picture at the same noise, root mean square in [0, 1]",
     ),
-    Column("fidelity_dssim", "1 - SSIM", ".3f", "lower", "structural distance to the teacher's picture at the same noise"),
-    Column("fidelity_lpips", "LPIPS", ".3f", "lower", "perceptual distance to the teacher's picture at the same noise"),
-    Column("saturation", "saturation", ".3f", "", "mean of the pictures' colours; compare it with the teacher's"),
-    Column("saturation_relative", "saturation", ".2f", "", "relative to the reference's; 1 is the same"),
-    Column("contrast", "contrast", ".3f", "", "mean spread of brightness; compare it with the teacher's"),
-    Column("contrast_relative", "contrast", ".2f", "", "relative to the reference's; 1 is the same"),
     Column(
         "ms", "time", ".1f", "lower", "of one picture, with its quartiles where they are known", ("ms_low", "ms_high"), 1, "ms"
     ),
+    Column("hps", "HPSv2", ".3f", "higher", "what people are expected to prefer"),
+    Column("image_reward", "ImageReward", ".3f", "higher", "what people are expected to prefer"),
+    Column("kid", "KID", ".4g", "lower", "kernel distance to the reference, which does not grow as pictures are fewer"),
+    Column("precision", "precision", ".3f", "higher", "share of pictures that lie among the reference's"),
+    Column("density", "density", ".3f", "higher", "how densely the reference lies around pictures"),
+    Column("coverage", "coverage", ".3f", "higher", "share of the reference with a picture nearby"),
+    Column("variety", "variety", ".3f", "higher", "1 - SSIM of two pictures of one prompt"),
+    Column("variety_lpips", "variety, LPIPS", ".3f", "higher", "perceptual distance of two pictures of one prompt"),
+    Column("vendi", "Vendi", ".2f", "higher", "effective number of different pictures"),
+    Column("fidelity_dssim", "1 - SSIM", ".3f", "lower", "structural distance to the teacher's picture at the same noise"),
+    Column("fidelity_lpips", "LPIPS", ".3f", "lower", "perceptual distance to the teacher's picture at the same noise"),
+    Column("saturation", "saturation", ".3f", "", "mean of the pictures' colours; compare it with the teacher's"),
+    Column("contrast", "contrast", ".3f", "", "mean spread of brightness; compare it with the teacher's"),
+    Column("contrast_relative", "contrast", ".2f", "", "relative to the reference's; 1 is the same"),
     Column("memory_mib", "memory", ",.0f", "lower", "most that was held at once", None, 1, "MiB"),
 )
 QUALITY = ("fd", "patch_fd", "cmmd", "kid", "clip", "alignment")  # what is plotted: the first that there is
