@@ -19,7 +19,7 @@ def test_columns_that_nobody_filled_are_left_out():
     assert heads(ROWS) == ["nfe", "fd", "ms"]
     assert heads([STUDENT | {"ms": None, "clip": 0.0}]) == ["nfe", "fd", "clip"]
     colour = {"saturation": 0.5, "saturation_relative": 1.25, "contrast": 0.5}
-    assert heads([STUDENT | colour]) == ["nfe", "fd", "saturation_relative", "contrast", "ms"]
+    assert heads([STUDENT | colour]) == ["nfe", "fd", "saturation_relative", "ms", "contrast"]
 
 
 def test_the_teacher_comes_first_then_students_by_steps():
