@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 
 def state() -> PartialState:
-    """Who takes part. Without being told, accelerate takes processes that have no GPU for so many runs of one process."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return PartialState(cpu=True) if several and not torch.cuda.is_available() else PartialState()
+    """What accelerate knows of this process; of several processes on a machine without accelerator only if it is told so."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def device() -> torch.device:

@@ -150,7 +150,7 @@ def _distance(rows: Tensor, mean: Tensor, two: Moments) -> float:
         raise ValueError(f"features have {len(mean)} and {len(two.mean)} dimensions; both must come from one judge")
     network = nn.Identity()
     network.num_features = len(mean)
-    metric = FrechetInceptionDistance(network)
+    metric = FrechetInceptionDistance(network, sync_on_compute=False)  # of this process alone: others wait elsewhere
     metric.update(rows - mean, real=False)
     metric.update(_having(two) - mean, real=True)
     return max(0.0, metric.compute().item())

@@ -27,6 +27,9 @@ from .shipped import NAME, key, shipped
 from .table import render
 
 
+HERE = ("ms", "ms_low", "ms_high", "memory_mib", "key")  # of a row: true on this machine alone
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=tuple(embedded_models()))
@@ -51,7 +54,8 @@ def main() -> None:
             more = more or {"tried": tried[candidate.steps, candidate.guidance]}
             rows.append(row(bench, candidate, model, None) | more)
             line.say(render(rows[-1:], about).splitlines()[3])
-    (folder / NAME).write_text(json.dumps({"key": key(folder), "rows": rows, "provenance": about}, indent=1))
+    kept = [{name: value for name, value in row.items() if name not in HERE} for row in rows]
+    (folder / NAME).write_text(json.dumps({"key": key(folder), "rows": kept, "provenance": about}, indent=1))
     line.say(render(rows, about))
 
 
