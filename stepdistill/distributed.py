@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -59,3 +60,10 @@ def mean(x: Tensor) -> Tensor:
 def wait() -> None:
     """Until every process is here."""
     state().wait_for_everyone()
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """The first process goes ahead, the others follow when it is through: they find in a cache what it put there."""
+    with state().main_process_first():
+        yield

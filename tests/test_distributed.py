@@ -11,14 +11,13 @@ import torch
 from stepdistill import distributed
 
 
-@pytest.mark.parametrize(("world", "gpu", "given"), [("2", False, {"cpu": True}), ("2", True, {}), ("1", False, {})])
-def test_accelerate_is_told_that_there_is_no_gpu_if_there_are_several_processes(monkeypatch, world, gpu, given):
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_accelerate_is_told_where_there_is_no_accelerator(monkeypatch, accelerator):
     asked = []
-    monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     monkeypatch.setattr(distributed, "PartialState", lambda **how: asked.append(how))
     distributed.state()
-    assert asked == [given]
+    assert asked == [{"cpu": not accelerator}]
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import perceptual
+from .. import distributed, perceptual
 from ..data.prompts import read_prompts
 from ..errors import UserError
 from ..show import Line
@@ -150,7 +150,9 @@ def suite(
     meters: list[Meter] = []
     same = None if preset.square else size  # else pictures of any size are brought to one
     for word, network in networks.items():
-        meters.append(DISTANCES[word](network, references.reference(reference, network, same, cache, line)))
+        with distributed.in_turn():
+            found = references.reference(reference, network, same, cache, line)
+        meters.append(DISTANCES[word](network, found))
     for figure, score in (SCORES[word] for word in preset.features if word in SCORES):
         meters.append(Scores(figure, score(device)))
     meters += [Colour(), Shown(min(SHOWN, len(asked)))]
