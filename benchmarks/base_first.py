@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from stepdistill.assemble import Distillation, restore
 from stepdistill.evaluate.grid import teacher_scale
 from stepdistill.evaluate.measure import collect, figures, make
 from stepdistill.evaluate.presets import tiny_suite
+from stepdistill.evaluate.provenance import checkout
 from stepdistill.evaluate.walks import sampler, student_walk
 from stepdistill.recipe import strategy_name
 from stepdistill.sampling import base_first
@@ -49,13 +49,12 @@ def measure(distillation: Distillation, first: int, scale: float, n: int, line: 
     return about | {key: found[key] for key in KEPT}
 
 
-def result(run: Path, firsts: list[int], n: int, line: Line) -> dict[str, Any]:
+def result(run: Path, firsts: list[int], n: int, commit: str, line: Line) -> dict[str, Any]:
     """The figures of a run, and what they are of."""
     distillation = restore(run)
     recipe, steps = distillation.recipe, len(distillation.inference().hops)
     scales = list(dict.fromkeys((teacher_scale(distillation), 1.0)))
     asked = [(0, 1.0), *((first, scale) for first in firsts if first < steps for scale in scales)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
     return {
         "model": recipe.model.source,
         "strategy": strategy_name(recipe.strategy),
@@ -64,7 +63,7 @@ def result(run: Path, firsts: list[int], n: int, line: Line) -> dict[str, Any]:
         "rows": [measure(distillation, first, scale, n, line) for first, scale in asked],
         "command": f"python benchmarks/base_first.py runs/{run.name} --first {' '.join(map(str, firsts))} --n {n}",
         "machine": f"{platform.machine()}, cores: {len(os.sched_getaffinity(0))}",
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
 
 
@@ -87,9 +86,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or export folders")
     parser.add_argument("--first", nargs="+", type=int, default=[1], metavar="K", help="steps that the base model takes (1)")
     parser.add_argument("--n", type=int, default=1024, help="pictures a figure (1024)")
-    options, line = parser.parse_args(), Line()
+    options, line, commit = parser.parse_args(), Line(), checkout()  # of the code that is loaded now
     for run in options.runs:
-        made = result(run, options.first, options.n, line)
+        made = result(run, options.first, options.n, commit, line)
         known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         RESULTS.write_text(json.dumps(known | {run.name: made}, indent=1) + "\n")
     print(table(json.loads(RESULTS.read_text())))
