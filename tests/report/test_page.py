@@ -14,7 +14,7 @@ from runs_on_disk import HOSTILE, PROMPTS, PROVENANCE, STUDENT, TEACHER, bare, d
 
 from stepdistill.cli import main
 from stepdistill.errors import UserError
-from stepdistill.report import duration, write
+from stepdistill.report.page import duration, write
 
 VOID = {"meta", "link", "img", "input", "br"}
 
