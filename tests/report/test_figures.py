@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from runs_on_disk import STUDENT, TEACHER
 
-from stepdistill.report.page import series
 from stepdistill.report.figures import QUALITY, columns, quality, table, tiles
+from stepdistill.report.page import series
 
 ROWS = [STUDENT | {"run": "a"}, TEACHER | {"run": "a"}, STUDENT | {"run": "a", "steps": 1, "nfe": 1, "fd": 16.0, "ms": None}]
 
