@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +34,17 @@ def speed(draw: Callable[[int], Any], device: torch.device) -> dict[str, float]:
         finish()
         spent.append(time.perf_counter() - began)
     low, middle, high = (1000 * float(x) for x in np.quantile(spent, [0.25, 0.5, 0.75]))
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    memory = torch.cuda.max_memory_allocated(device) if gpu else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated(device) if gpu else most_held()
     return {"ms": middle, "ms_low": low, "ms_high": high, "memory_mib": round(memory / MIB, 1)}
+
+
+def most_held() -> int:
+    """The most bytes of memory that this process has ever held."""
+    if sys.platform == "win32":  # which has no module resource
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
