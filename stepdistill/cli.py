@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A wrong command line itself leaves through SystemExit(2)."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # else they ask for a torchvision that nobody here needs, and the like
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    for chatter in ("torchao", "torch.utils._pytree"):  # what torchao says of GPUs that are not there, whoever imports it
+    # what torchao says of GPUs, and bitsandbytes of kernels, that are not there and that nobody needs, whoever imports them
+    for chatter in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
