@@ -394,7 +394,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ),
     ("evaluate/exporters.py", "range(distributed.rank(), len(entries)", "range(0, len(entries)", "exporters"),
     ("evaluate/exporters.py", 'out / f".{entries[p].name}.tmp"', "out / entries[p].name", "exporters"),
-    ("evaluate/exporters.py", '"weights": fingerprint(distillation),', "", "exporters"),
+    ("evaluate/exporters.py", '"weights": drawn.weights,', "", "exporters"),
     ("report/page.py", "autoescape=True", "autoescape=False", "page"),
     ("report/page.py", "    refuse_unlike(runs)\n", "", "page"),
     ("report/pictures.py", "if gallery.prompts == prompts}", "if True}", "page"),
