@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Bench:
         return digest([self.suite.compared, candidate.about, candidate.weights])
 
     def kept(self, candidate: Candidate) -> Path:
-        return self.folder / "kept" / self.key(candidate)
+        return self.folder / "kept" / self.suite.name / self.key(candidate)
 
     def sampler(self, candidate: Candidate) -> Sampler:
         seed = self.distillation.recipe.eval.seed
@@ -84,9 +85,9 @@ def figures_of(bench: Bench, candidate: Candidate, teacher: Candidate) -> Figure
     kept = collect(bench.suite, bench.kept(candidate))
     found = figures(bench.suite, kept)
     if "pictures" in kept.get("shown", {}):
-        shown = kept["shown"]["pictures"]
+        shown, device = kept["shown"]["pictures"], bench.distillation.roles.teacher.net.device
         show(bench, candidate, shown)
-        found |= fidelity(shown, first_pictures(bench, teacher, len(shown)), lpips=bench.suite.name != "tiny")
+        found |= fidelity(shown, first_pictures(bench, teacher, len(shown)), lpips=bench.suite.name != "tiny", device=device)
     return found
 
 
@@ -102,8 +103,8 @@ def first_pictures(bench: Bench, candidate: Candidate, n: int) -> np.ndarray:
 
 def show(bench: Bench, candidate: Candidate, made: np.ndarray) -> None:
     """Keep a candidate's first pictures as files, and their prompts."""
-    pictures.save(bench.shown / candidate.folder, made, bench.key(candidate))
     pictures.save_prompts(bench.shown, bench.suite.sets["plain"].prompts[: len(made)])
+    pictures.save(bench.shown / candidate.folder, made, bench.key(candidate))
 
 
 def speed_of(bench: Bench, candidate: Candidate) -> dict[str, float]:
@@ -125,7 +126,9 @@ def best_solver(bench: Bench, rivals: Mapping[str, Candidate]) -> tuple[str, dic
 def clear(bench: Bench) -> None:
     """Forget what was kept: every row is written."""
     if first():
-        shutil.rmtree(bench.folder / "kept", ignore_errors=True)
+        shutil.rmtree(bench.folder / "kept" / bench.suite.name, ignore_errors=True)
+        with suppress(OSError):  # another suite's are there
+            (bench.folder / "kept").rmdir()
 
 
 def first() -> bool:

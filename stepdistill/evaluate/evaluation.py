@@ -89,7 +89,7 @@ def evaluate_run(
         made = tiny_suite(n or recipe.eval.n or tiny.PICTURES, seed=recipe.eval.seed)
     else:
         chosen = replace(chosen, n=n or chosen.n, features=tuple(features) or chosen.features)
-        name = preset or (prompts.stem if prompts else "own")
+        name = preset or f"own-{prompts.stem}" * bool(prompts)  # no file of prompts can pose as a preset
         cache = Path(recipe.data.cache or run.parent / "cache") / "references"
         device = distillation.roles.teacher.net.device
         made = suite(name, chosen, prompts, reference, family.size, recipe.eval.seed, device, cache, line)
@@ -127,10 +127,12 @@ def compare(
     for candidate, more in (*rivals, *((one, {}) for one in students)):
         done = written.get(bench.key(candidate))
         rows.append(done or row(bench, candidate, teacher, known.get(tuple(candidate.about.values()))) | more)
-        if first():
-            provenance.write(path, rows, about)
+        if first():  # what was written before stays until all is measured
+            mine = {one["key"] for one in rows}
+            provenance.write(path, rows + [one for key, one in written.items() if key not in mine], about)
     distributed.wait()
     if first():
+        provenance.write(path, rows, about)
         clear(bench)
         line.say(render(rows, about))
         line.say(f"written to {path}")

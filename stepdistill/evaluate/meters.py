@@ -19,6 +19,8 @@ from .rows import Rows
 from .variety import pairwise_lpips, pairwise_ssim_distance, vendi
 
 if TYPE_CHECKING:
+    import torch
+
     from .clip import Score
     from .features import Features
     from .references import Reference
@@ -121,15 +123,15 @@ class Variety:
 
     name = "variety"
 
-    def __init__(self, group: int, features: Features | None, lpips: bool):
-        self.group, self.features, self.lpips = group, features, lpips
-        self.about = {"vendi": features.name} if features else {}
+    def __init__(self, group: int, features: Features | None, lpips: bool, device: torch.device | str = "cpu"):
+        self.group, self.features, self.lpips, self.device = group, features, lpips, device
+        self.about = {"vendi": {"network": features.name, "filter": features.filter}} if features else {}
 
     def keep(self, pictures: np.ndarray, prompts: Sequence[str], first: int) -> Rows:
         groups = np.split(pictures, range(self.group, len(pictures), self.group))
-        rows = {"dssim": [pairwise_ssim_distance(group) for group in groups]}
+        rows = {"dssim": [pairwise_ssim_distance(group, self.device) for group in groups]}
         if self.lpips:
-            rows["lpips"] = [pairwise_lpips(group) for group in groups]
+            rows["lpips"] = [pairwise_lpips(group, self.device) for group in groups]
         if self.features is not None:
             rows["vendi"] = [vendi(self.features(group)) for group in groups]
         return {name: np.array(values, np.float32) for name, values in rows.items()}
@@ -154,8 +156,9 @@ class Shown:
         return {}
 
 
-def fidelity(pictures: np.ndarray, teacher: np.ndarray, lpips: bool) -> Figures:
+def fidelity(pictures: np.ndarray, teacher: np.ndarray, lpips: bool, device: torch.device | str = "cpu") -> Figures:
     """Mean distances of pictures from the teacher's of the same noise and prompts, uint8 [N, H, W, 3]; lpips: where it is
     installed, that too."""
     names = {"rmse": "fidelity", "dssim": "fidelity_dssim", "lpips": "fidelity_lpips"}
-    return {names[name]: float(np.mean(x, dtype=np.float64)) for name, x in likeness(pictures, teacher, lpips=lpips).items()}
+    apart = likeness(pictures, teacher, device, lpips=lpips)
+    return {names[name]: float(np.mean(x, dtype=np.float64)) for name, x in apart.items()}

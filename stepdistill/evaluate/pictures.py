@@ -31,6 +31,9 @@ def load(folder: Path, n: int, key: str) -> np.ndarray | None:
 
 
 def save_prompts(folder: Path, prompts: Sequence[str]) -> None:
-    """The prompt of each index, in folder/prompts.json."""
+    """The prompt of each index, in folder/prompts.json; pictures of other prompts are removed."""
+    file, text = folder / "prompts.json", json.dumps(list(prompts), indent=1, ensure_ascii=False)
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.json").write_text(json.dumps(list(prompts), indent=1, ensure_ascii=False), encoding="utf-8")
+    file.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from .rewards import REWARDS
 DISTANCES: dict[str, Callable[[Features, Reference], Meter]] = {  # by their features; all need a reference
     "inception": Distances,
     "inception-patch": functools.partial(Frechet, prefix="patch_"),
-    "clip": Cmmd,
+    "clip": functools.partial(Cmmd, prefix="clip_"),
     "judge": Distances,
 }
 SCORES = {  # word: the figure, and what scores; these need no reference
@@ -133,8 +134,16 @@ def suite(
         )
     asked = take(read_captions(prompts), preset.n, prompts)
     wanted = [word for word in preset.features if word in DISTANCES and reference is not None]
-    if {"inception", "judge"} <= set(wanted):
-        raise UserError("--features inception and judge are both told as fd; leave one out")
+    scored = {word: SCORES[word][0] for word in preset.features if word in SCORES}
+    for pair in combinations([*wanted, *scored], 2):
+        if set(pair) == {"inception", "judge"} or scored.get(pair[0], pair[0]) == scored.get(pair[1], pair[1]):
+            raise UserError(f"--features {' and '.join(pair)} are told as one figure; leave one out")
+    other = [word for word in wanted if word in ("inception-patch", "clip") and str(reference).endswith(".npz")]
+    if other:
+        raise UserError(
+            f"--features {' and '.join(other)}: {reference} holds moments of inception features of whole pictures; give a "
+            f"folder of pictures, or leave these out"
+        )
     if perceptual.installed():
         perceptual.network(device)  # what it lacks is told before hours of sampling
     networks: dict[str, Features] = {}
@@ -157,7 +166,7 @@ def suite(
         meters.append(Scores(figure, score(device)))
     meters += [Colour(), Shown(min(SHOWN, len(asked)))]
     repeated = [prompt for prompt in spread(asked, 32) for _ in range(EACH)]
-    many = (Variety(EACH, next(iter(networks.values()), None), lpips=perceptual.installed()),)
+    many = (Variety(EACH, next(iter(networks.values()), None), lpips=perceptual.installed(), device=device),)
     sets = {"plain": Asked(asked, tuple(meters)), "varied": Asked(repeated, many, VARIED, EACH)}
     measured = f"{preset.square}x{preset.square}" if preset.square else f"{size[1]}x{size[0]}"
     return Suite(name, sets, decides(f"{size[1]}x{size[0]}", seed) | {"measured": measured})

@@ -19,8 +19,8 @@ Best = Mapping[tuple[int, float], str]  # (steps, guidance) -> the best solver, 
 
 
 def best_known(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, float], str]:
-    """From rows of teachers."""
-    return {(row["steps"], row["guidance"]): row["solver"] for row in rows if row["who"] == "teacher"}
+    """From rows of teachers whose solvers were compared: one that was only asked for need not be best."""
+    return {(row["steps"], row["guidance"]): row["solver"] for row in rows if "tried" in row}
 
 
 def asked_for(bench: Bench, words: Sequence[str], best: Best) -> Iterator[tuple[Candidate, dict[str, Any]]]:

@@ -75,8 +75,10 @@ def read_gallery(folder: Path) -> Gallery | None:
     if not isinstance(prompts, list):
         return None
     strips = []
-    for row in sorted(folder.glob("*-*steps")):
-        if found := re.fullmatch(r"([a-z_]+)-(\d+)steps", row.name):
+    for row in sorted(folder.glob("*-*steps*")):
+        if row.name.endswith("-unguided") and row.with_name(row.name.removesuffix("-unguided")).exists():
+            continue  # the guided teacher's say more
+        if found := re.fullmatch(r"([a-z_]+)-(\d+)steps(?:-unguided)?", row.name):
             files = {int(file.stem): file for file in row.iterdir() if file.stem.isdecimal()}
             label = labels.get(row.name, "") if isinstance(labels, dict) else ""
             strips.append(Strip(found[1], int(found[2]), label, [files.get(k) for k in range(len(prompts))]))

@@ -15,6 +15,8 @@ from stepdistill.evaluate import bench, evaluation, provenance
 from stepdistill.evaluate.candidates import read_against
 from stepdistill.evaluate.measure import VARIED, Asked, Suite
 from stepdistill.evaluate.meters import Colour, Shown, Variety
+from stepdistill.evaluate.pictures import save_prompts
+from stepdistill.evaluate.rivals import best_known
 from stepdistill.show import Line
 
 TOLD = ("ms", "ms_low", "ms_high", "memory_mib", "key")  # of a row, besides its figures
@@ -142,3 +144,18 @@ def test_real_processes_and_an_interruption_change_no_figure(tmp_path, quick):
     assert made[2] == made[3] and len(set(made)) == len(made) - 1
     same(quality(whole), quality(resumed))
     assert np.isfinite(resumed["fd"])
+
+
+def test_a_solver_that_was_only_asked_for_is_not_taken_for_the_best():
+    rows = [{"who": "teacher", "steps": 4, "guidance": 1.0, "solver": "UniPC", "tried": {}}]
+    asked = {"who": "teacher", "steps": 4, "guidance": 1.0, "solver": "first order"}
+    assert best_known([*rows, asked, {"who": "student", "steps": 4}]) == {(4, 1.0): "UniPC"}
+
+
+def test_pictures_of_other_prompts_are_removed(tmp_path):
+    save_prompts(tmp_path / "pictures", ["a"])
+    (tmp_path / "pictures" / "student-2steps").mkdir()
+    save_prompts(tmp_path / "pictures", ["a"])
+    assert (tmp_path / "pictures" / "student-2steps").exists()
+    save_prompts(tmp_path / "pictures", ["b"])
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["prompts.json"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,3 +92,21 @@ def test_an_empty_list_of_prompts(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match="empty"):
         read_captions(tmp_path / "empty.txt")
+
+
+def test_every_network_keeps_rows_of_its_own():
+    network, against = SimpleNamespace(name="any", filter="none"), SimpleNamespace(about={"hash": "0"})
+    names = [presets.DISTANCES[word](network, against).name for word in ("inception", "inception-patch", "clip")]
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("pair", [("inception", "judge"), ("clip-score", "clip-score-dmd2")])
+def test_two_of_one_figure_are_refused(tmp_path, prompts, pair):
+    with pytest.raises(UserError, match=f"{' and '.join(pair)} are told as one figure"):
+        made(tmp_path, Preset(None, pair), prompts, "photos")
+
+
+@pytest.mark.parametrize("word", ["clip", "inception-patch"])
+def test_moments_of_others_serve_no_other_network(tmp_path, prompts, word):
+    with pytest.raises(UserError, match=f"--features {word}: them.npz holds moments of inception features"):
+        made(tmp_path, Preset(None, ("inception", word)), prompts, "them.npz")
