@@ -85,7 +85,7 @@ def without_noise(text: str) -> str:
 def strip(value):
     """The same with every path of this machine replaced by a name."""
     if isinstance(value, dict):
-        return {key: strip(item) for key, item in value.items()}
+        return {key: item if key.startswith("image/") else strip(item) for key, item in value.items()}  # pictures are text too
     if isinstance(value, list):
         return [strip(item) for item in value]
     if isinstance(value, str):

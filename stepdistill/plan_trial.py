@@ -51,7 +51,7 @@ def try_out(recipe: Recipe, costs: Costs, size: int) -> Tried:
     plain = dataclasses.replace(
         recipe,
         strategy=strategy,
-        train=dataclasses.replace(train, checkpointing=False, accumulate=parts, ema=train.ema),
+        train=dataclasses.replace(train, checkpointing=False, accumulate=parts),
         optim=plain_optimizer(recipe),
     )
     data = Meta(costs, strategy.needs, train.batch // train.accumulate)

@@ -112,7 +112,7 @@ class Serving:
         """What `to_json` wrote.
 
         Raises:
-            UserError: it is not that, or of a newer format.
+            UserError: it is not that, or of another format.
         """
         try:
             tree = json.loads(text)
@@ -123,9 +123,11 @@ class Serving:
             }
             files = {form: tuple(names) for form, names in tree["files"].items()}
             tree |= {key: tuple(tree[key]) for key in ("prompts", "size")} | {"worn": tuple(map(tuple, tree["worn"]))}
-            loras = tuple(LoraSource(**lora) for lora in tree.get("loras", ()))
+            loras = tuple(LoraSource(**lora) for lora in tree["loras"])
             return cls(**tree | {"samplers": samplers, "files": files, "loras": loras})
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{SIDECAR} cannot be read ({error!r}); export the run again") from None
 
 

@@ -86,8 +86,8 @@ class Trackers:
     def attempt(self, name: str, action: Callable[[str], None]) -> None:
         """Do something with a tracker; if it fails, say so once, and switch it off.
 
-        The only place where any exception is swallowed: a full disk or a lost network is no reason to lose a training whose
-        curves are in log.jsonl as well.
+        The only place of a training where any exception is swallowed: a full disk or a lost network is no reason to
+        lose a training whose curves are in log.jsonl as well.
         """
         try:
             action(name)
