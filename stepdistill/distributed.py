@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 
@@ -55,6 +57,31 @@ def mean(x: Tensor) -> Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x / world()
+
+
+def anyone(flag: bool) -> bool:
+    """Whether a flag is up on any process; all ask at the same point."""
+    if world() == 1:
+        return flag
+    up = torch.tensor(float(flag), device=device())
+    dist.all_reduce(up, dist.ReduceOp.MAX)
+    return bool(up)
+
+
+def told(value: Any) -> Any:
+    """The first process's value, on all of them; all ask at the same point. What the others give is ignored."""
+    return broadcast_object_list([value])[0]
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor of which each process may hold a share: all of it, on every process, all of which ask at the same point."""
+    return x
+
+
+@torch.no_grad()
+def fill(x: Tensor, values: Tensor) -> None:
+    """Copy the values of a whole tensor into one of which each process may hold a share."""
+    x.copy_(values)
 
 
 def wait() -> None:

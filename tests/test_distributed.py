@@ -1,12 +1,8 @@
 """Processes that were started together know of each other, with a GPU or without."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import world
 
 from stepdistill import distributed
 
@@ -20,23 +16,25 @@ def test_accelerate_is_told_where_there_is_no_accelerator(monkeypatch, accelerat
     assert asked == [{"cpu": not accelerator}]
 
 
-@pytest.mark.long
+def talk():
+    rank = distributed.rank()
+    mean = distributed.mean(torch.tensor(float(rank))).item()
+    flags = [distributed.anyone(flag) for flag in (rank == 1, False)]
+    return rank, distributed.world(), mean, distributed.device().type, flags, distributed.told(f"from {rank}")
+
+
 def test_two_processes_are_a_world():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    code = (
-        "import torch\nfrom stepdistill import distributed as d\n"
-        "print(d.rank(), d.world(), d.mean(torch.tensor(float(d.rank()))).item(), d.device().type)"
-    )
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    assert [one.communicate(timeout=120)[0].split() for one in started] == [[rank, "2", "0.5", "cpu"] for rank in "01"]
+    assert world(2, talk) == [(rank, 2, 0.5, "cpu", [True, False], "from 0") for rank in (0, 1)]
+
+
+def test_one_process_agrees_with_itself():
+    assert talk() == (0, 1, 0.0, distributed.device().type, [False, False], "from 0")
+
+
+def fail():
+    raise ValueError("on purpose") if distributed.rank() else SystemExit(3)
+
+
+def test_a_test_hears_what_failed_in_a_process():
+    with pytest.raises(AssertionError, match=r"ValueError: on purpose|SystemExit: 3"):
+        world(2, fail)
