@@ -24,5 +24,6 @@ class Diverged(RuntimeError):
         saved = f"the last good state is {self.checkpoint}" if self.checkpoint else "no checkpoint had been saved"
         return (
             f"training diverged at step {self.step}: {self.tensor} of player {self.player} is not finite; {saved}. "
-            f"Lower optim.student_lr or optim.critic_lr, or lengthen optim.warmup, and start again with --resume never."
+            f"Lower optim.student_lr or optim.critic_lr, or lengthen optim.warmup, and start again with --resume never; "
+            f"where it was a bad batch, train.skip=1 goes on from here without it."
         )

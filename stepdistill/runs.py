@@ -29,7 +29,10 @@ from .sidecar import SIDECAR, read_export
 from .trackers import Trackers, tracking
 from .trainer import Trainer
 
-FREE = ("train.steps", "train.save_every", "train.trackers", "data.cache", "eval")  # keys that a run may change when it goes on
+FREE = (  # keys that a run may change when it goes on
+    *("train.steps", "train.save_every", "train.skip", "train.trackers"),
+    *("data.cache", "eval"),
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,10 @@ def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, line:
             if trainer.stage != stage and trainer.strategy.stages > 1:
                 line.say(f"stage {trainer.stage + 1} of {trainer.strategy.stages}")
             seconds = time.monotonic() - began
-            log(trainer.at, seconds, values)
+            note = {"skipped": "{1} of player {0}".format(*trainer.skipped)} if trainer.skipped else {}
+            if note:
+                line.say(f"step {trainer.at} is skipped: {note['skipped']} is not finite")
+            log(trainer.at, seconds, values | note)
             trackers.log(values, trainer.at)
             left = seconds / (trainer.at - first) * (recipe.train.steps - trainer.at)
             line(summary(trainer.at, recipe.train.steps, left, values), final=trainer.at == recipe.train.steps)

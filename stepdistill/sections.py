@@ -92,6 +92,8 @@ class Train:
     seed: int = ranged(0, low=0, below=2**63)  # of everything random
     save_every: int = ranged(100, low=1)  # iterations between checkpoints
     keep: int = ranged(2, low=1)  # checkpoints that stay on disk
+    # iterations in a row with a loss or gradient that is not finite which are left out; one more ends the training
+    skip: int = ranged(0, low=0)
     precision: Literal["no", "bf16"] = field(  # of the computation; bf16 is autocast
         default="no", metadata={"refused": {"fp16": "training in fp16 diverges (range too small); use bf16"}}
     )

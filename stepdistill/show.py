@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -63,7 +64,7 @@ class Log:
         path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a")
 
-    def __call__(self, step: int, seconds: float, values: dict[str, float]) -> None:
+    def __call__(self, step: int, seconds: float, values: Mapping[str, float | str]) -> None:
         self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
         self.file.flush()
 

@@ -26,6 +26,8 @@ class Trainer:
         self.distillation, self.data = distillation, data
         self.recipe, self.roles, self.strategy = distillation.recipe, distillation.roles, distillation.strategy
         self.at, self.stage, self.opened, self.end = 0, None, 0, 0  # steps, and the stage from opened to before end
+        self.skips = 0  # iterations that were left out in a row, up to this one
+        self.skipped: tuple[str, str] | None = None  # why the last one was: the player, and what of it was not finite
         self.players: dict[str, tuple[str, ...]] = {}
         self.params: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -53,38 +55,87 @@ class Trainer:
         self.optimizers = {who: build_optimizer(params, self.recipe.optim) for who, params in self.params.items()}
 
     def step(self) -> dict[str, float]:
-        """One iteration on one batch; returns what to log. Nobody moves unless every gradient is finite.
+        """One iteration on one batch; returns what to log, means over processes. Nobody moves unless every loss and gradient is
+        finite on all of them; if not, the iteration is left out, up to train.skip in a row, and `skipped` tells why.
 
         Raises:
-            Diverged: a loss or gradient is not finite; all weights are as before the step.
+            Diverged: a loss or gradient is not finite, once too often; all weights and buffers are as before the step.
         """
         if (stage := self.strategy.stage(self.at)) != self.stage:
             self.open(stage)
-        train, moved, logs = self.recipe.train, set(), {}
+        before = {name: x.clone() for name, x in self.buffers().items()}
+        losses, terms = self.backward()
+        norms = {who: self.gradient_norm(who) for who in sorted(losses)}
+        losses, terms, norms = numbers(losses, terms, norms)
+        self.skipped = self.not_finite(losses, norms)
+        if self.skipped:
+            return self.leave_out(before)
+        for who, norm in norms.items():
+            self.move(who, norm)
+            terms |= {f"{who}/grad_norm": norm, f"{who}/lr": self.rate(who)}
+        self.strategy.after_step(self.roles, set(norms))
+        self.average({name for who in norms for name in self.players[who]})
+        self.at, self.skips = self.at + 1, 0
+        return terms
+
+    def backward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of one batch for every player that gets a loss; the losses, by player, and their terms, to be logged.
+
+        No number is looked at here: that would wait for the device, and a process that gave up alone would leave the others
+        waiting for it.
+        """
+        train = self.recipe.train
+        losses: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
         for part in range(train.accumulate):
             batch, index = self.data(self.at, part)
             draw = Draw(train.seed, self.at, index, self.data.device)
             for who, loss, terms in self.strategy.losses(self.roles, batch, draw):
                 self.between_yields()
-                if not torch.isfinite(loss):
-                    raise Diverged(who, "the loss", self.at)
                 distributed.backward(loss / train.accumulate, self.params[who])
-                moved.add(who)
+                losses[who] = losses.get(who, 0.0) + loss.detach() / train.accumulate
                 for name, value in terms.items():
                     key = f"{who}/{name}"
                     logs[key] = logs.get(key, 0.0) + value.detach() / train.accumulate
-        norms = {who: self.gradient_norm(who) for who in sorted(moved)}
+        return losses, logs
+
+    def move(self, who: str, norm: float) -> None:
+        """One step of a player's optimizer, along gradients of this norm."""
+        nn.utils.clip_grads_with_norm_(self.params[who], self.recipe.optim.clip, torch.tensor(norm))
+        for group in self.optimizers[who].param_groups:
+            group["lr"] = self.rate(who)
+        self.optimizers[who].step()
+        self.optimizers[who].zero_grad(set_to_none=True)
+
+    def not_finite(self, losses: dict[str, float], norms: dict[str, float]) -> tuple[str, str] | None:
+        """Player and tensor of the first loss or gradient that is not finite, the same on all processes; None: all are."""
+        for who, loss in losses.items():
+            if not math.isfinite(loss):
+                return who, "the loss"
         for who, norm in norms.items():
-            nn.utils.clip_grads_with_norm_(self.params[who], self.recipe.optim.clip, norm)
-            for group in self.optimizers[who].param_groups:
-                group["lr"] = self.rate(who)
-            self.optimizers[who].step()
-            self.optimizers[who].zero_grad(set_to_none=True)
-            logs |= {f"{who}/grad_norm": norm, f"{who}/lr": self.rate(who)}
-        self.strategy.after_step(self.roles, moved)
-        self.average({name for who in moved for name in self.players[who]})
-        self.at += 1
-        return {name: float(value) for name, value in logs.items()}
+            if not math.isfinite(norm):
+                return who, f"the gradient of {self.name_of_bad_gradient(who)}"
+        return None
+
+    def leave_out(self, before: dict[str, Tensor]) -> dict[str, float]:
+        """Undo an iteration in which nobody has moved yet, and go on with the next one; nothing is logged.
+
+        Raises:
+            Diverged: it would be one more in a row than train.skip.
+        """
+        for name, x in self.buffers().items():
+            x.copy_(before[name])
+        for params in self.params.values():
+            for p in params:
+                p.grad = None
+        if self.skips == self.recipe.train.skip:
+            raise Diverged(*self.skipped, self.at)
+        self.at, self.skips = self.at + 1, self.skips + 1
+        return {}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the strategy's modules keep beside parameters, as f-distill its averages: computing a loss changes it."""
+        return {f"{key}/{name}": x for key, module in self.strategy.modules().items() for name, x in module.named_buffers()}
 
     def between_yields(self) -> None:
         """A strategy that yields inside no_grad, or inside a role, would train something else than it says."""
@@ -101,15 +152,13 @@ class Trainer:
         if not held:
             raise RuntimeError(f"{type(self.strategy).__name__} gave player {who} a loss that reaches none of its parameters")
         distributed.mean_gradients(held)
-        norm = nn.utils.get_total_norm([p.grad for p in held])
-        if not torch.isfinite(norm):
-            raise Diverged(who, f"the gradient of {self.name_of_bad_gradient(who)}", self.at)
-        return norm
+        return nn.utils.get_total_norm([p.grad for p in held])
 
     def name_of_bad_gradient(self, who: str) -> str:
+        """All processes ask, parameter by parameter: where gradients are sharded, one alone holds what is not finite."""
         names = {id(p): name for name, p in self.distillation.tensors().items()}
         for p in self.params[who]:
-            if p.grad is not None and not torch.isfinite(p.grad).all():
+            if distributed.anyone(p.grad is not None and not bool(torch.isfinite(p.grad).all())):
                 return names.get(id(p), "a module of the strategy")
         return "all parameters together (their norm overflows)"
 
@@ -132,14 +181,14 @@ class Trainer:
     def save(self, folder: Path) -> Path:
         """A checkpoint from which training goes on bit for bit."""
         tensors = self.distillation.tensors() | dict(self.moments())
-        meta = {"stage": self.stage, "opened": self.opened}
+        meta = {"stage": self.stage, "opened": self.opened, "skips": self.skips}
         return checkpoint.save(folder, self.at, tensors, meta, self.recipe.train.keep)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
         tensors, meta = checkpoint.load(path)
         self.distillation.load(tensors)
-        self.at, self.opened = meta["step"], meta["opened"]
+        self.at, self.opened, self.skips = meta["step"], meta["opened"], meta.get("skips", 0)
         if meta["stage"] is None:
             return
         self.open(meta["stage"], enter=False)
@@ -151,3 +200,15 @@ class Trainer:
         """The optimizers' state by name."""
         for who, optimizer in self.optimizers.items():
             yield from ((f"optimizers/{who}/{key}", x) for key, x in moments(optimizer))
+
+
+def numbers(*groups: dict[str, Tensor]) -> tuple[dict[str, float], ...]:
+    """Named scalars as numbers, means over processes: one message between them, and one wait for the device.
+
+    What is not finite on one of them is not finite on any. All processes give the same names in the same order.
+    """
+    values = [x.to(distributed.device(), torch.float32).reshape(()) for group in groups for x in group.values()]
+    if not values:
+        return groups
+    means = iter(distributed.mean(torch.stack(values)).tolist())
+    return tuple({name: next(means) for name in group} for group in groups)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from processes import world
 from students import student
 
+from stepdistill import distributed
 from stepdistill.data import build_batches
 from stepdistill.errors import Diverged
 from stepdistill.pairs import make_pairs
@@ -178,25 +181,122 @@ def test_the_average_follows_the_student(tmp_path):
         torch.testing.assert_close(after[f"roles/student_ema/{name}"], decay * old + (1 - decay) * new)
 
 
-@pytest.mark.parametrize(("poison", "named"), [("loss", "the loss"), ("gradient", "lora_A")])
-def test_a_non_finite_loss_or_gradient_moves_nobody(tmp_path, monkeypatch, poison, named):
-    made = trainer(tmp_path)
-    made.open(0)
-    before, honest = weights(made), LCM.losses
+@pytest.fixture
+def poison(monkeypatch):
+    """Call it to let a player's loss be not finite, or finite with a slope that is not, from now on; "none": no more."""
+
+    kinds: dict[type, Callable] = {}
+
+    def put(made: Trainer, who: str, kind: str) -> None:
+        strategy = type(made.strategy)
+        honest = kinds.setdefault(strategy, strategy.losses)
+
+        def losses(self, roles, batch, draw):
+            for player, loss, logs in honest(self, roles, batch, draw):
+                if player == who and kind == "loss":
+                    loss = loss * math.nan
+                elif player == who and kind == "gradient":
+                    p = made.params[who][-1]
+                    loss = loss + (p - p.detach()).abs().sum().sqrt()
+                yield player, loss, logs
+
+        monkeypatch.setattr(strategy, "losses", losses)
+
+    return put
+
+
+def everything(made: Trainer) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return weights(made) | {name: x.clone() for name, x in made.moments()}
+
+
+CRITICS = ("dmd2", "f_distill", "vsd", "phased_dmd", "tscd", "dmd", "rcm")
+PLAYERS = [*((name, "student") for name in STRATEGIES), *((name, "critic") for name in CRITICS)]
+OFTEN = [("lcm", "student"), ("dmd2", "critic"), ("f_distill", "student")]  # f_distill has averages besides weights
+
+
+@pytest.mark.parametrize(
+    ("strategy", "who"), [pytest.param(*one, marks=[] if one in OFTEN else pytest.mark.long) for one in PLAYERS]
+)
+def test_what_is_not_finite_moves_nobody_and_is_named(tmp_path, poison, strategy, who):
+    made = trainer(tmp_path, "train.skip=2", "train.ema=0.9", "train.steps=8", strategy=strategy)
+    made.step(), made.step()
+    for kind in ("loss", "gradient"):
+        made.skipped = None
+        while made.skipped is None:  # a student may wait for its turn
+            while made.strategy.stage(made.at) != made.stage:  # a stage changes weights as it begins
+                poison(made, who, "none")
+                made.step()
+            poison(made, who, kind)
+            before, at = everything(made), made.at
+            values = made.step()
+        player, tensor = made.skipped
+        assert player == who and values == {}
+        assert tensor == "the loss" if kind == "loss" else tensor.startswith("the gradient of ")
+        assert made.at == at + 1 and same(before, everything(made))
+    poison(made, who, "none")
+    made.step()
+    assert made.skipped is None and not same(before, everything(made))
+
+
+def test_a_run_of_iterations_left_out_survives_resuming_and_ends_where_the_recipe_says(tmp_path, poison):
+    first, second, third = (trainer(tmp_path, "train.skip=2", "optim.warmup=0") for _ in range(3))
+    poison(first, "student", "loss")
+    first.step()
+    poison(first, "student", "none")
+    first.step()  # a good one between them: the count begins again
+    poison(first, "student", "gradient")
+    first.step()
+    second.load(first.save(tmp_path / "checkpoints"))
+    poison(second, "student", "gradient")
+    second.step()
+    with pytest.raises(Diverged, match="lora_") as caught:
+        second.step()
+    assert (caught.value.player, caught.value.step, second.at) == ("student", 4, 4)
+    assert same(weights(first), weights(second))
+    third.load(second.save(tmp_path / "checkpoints"))
+    poison(third, "student", "gradient")
+    with pytest.raises(Diverged):  # the same iteration again ends as before
+        third.step()
+
+
+def test_a_finite_iteration_is_as_if_nobody_had_looked(tmp_path):
+    one, other = trainer(tmp_path, strategy="f_distill"), trainer(tmp_path, "train.skip=3", strategy="f_distill")
+    assert [one.step() for _ in range(2)] == [other.step() for _ in range(2)]
+    assert same(everything(one), everything(other))
+
+
+def poisoned_alone(folder, kind):
+    """One process alone has a loss, or a gradient, that is not finite."""
+    torch.set_num_threads(1)
+    made = trainer(folder / str(distributed.rank()), "train.skip=1")
+    honest = LCM.losses
 
     def losses(self, roles, batch, draw):
         for who, loss, logs in honest(self, roles, batch, draw):
-            if poison == "loss":
-                yield who, loss * math.nan, logs
-            else:
-                p = next(p for name, p in roles.student.named_parameters().items() if "lora_A" in name)
-                yield who, loss + (p - p.detach()).abs().sum().sqrt(), logs  # finite, with an infinite slope
+            if distributed.rank() == 1 and draw.step == 1:
+                p = made.params["student"][-1]
+                loss = loss * math.nan if kind == "loss" else loss + (p - p.detach()).abs().sum().sqrt()
+            yield who, loss, logs
 
-    monkeypatch.setattr(LCM, "losses", losses)
-    with pytest.raises(Diverged, match=named) as caught:
-        made.step()
-    assert (caught.value.player, caught.value.step) == ("student", 0)
-    assert same(weights(made), before)
+    LCM.losses = losses
+    told = []
+    before = None
+    for step in range(3):
+        before = weights(made) if step == 1 else before
+        values = made.step()
+        told.append((made.skipped, values, same(before, weights(made)) if before else None))
+    return told
+
+
+@pytest.mark.parametrize("kind", ["loss", pytest.param("gradient", marks=pytest.mark.long)])
+def test_what_is_not_finite_on_one_process_stops_none_of_them_alone(tmp_path, kind):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    one, other = world(2, poisoned_alone, tmp_path, kind)
+    assert [skipped for skipped, _, _ in one] == [None, one[1][0], None]
+    assert one[1][0][0] == "student" and one[1][1:] == ({}, True) and one[2][2] is False
+    assert one == other  # what is logged is a mean over them, too
 
 
 def test_yielding_inside_no_grad_is_refused(tmp_path, monkeypatch):
