@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LINE = 2000  # characters of a line of a message
+
 
 class UserError(ValueError):
     """The user's mistake, told in one line or one list without a traceback; the command line exits with 2."""
@@ -27,3 +29,15 @@ class Diverged(RuntimeError):
             f"Lower optim.student_lr or optim.critic_lr, or lengthen optim.warmup, and start again with --resume never; "
             f"where it was a bad batch, train.skip=1 goes on from here without it."
         )
+
+
+def one_line(text: str) -> str:
+    """A message as one line that a terminal shows as it is: what would move its cursor is escaped, and of what is long the
+    middle left out."""
+    text = printable(text.replace("\n", "\\n").replace("\t", "\\t"))
+    return text if len(text) <= LINE else f"{text[: LINE // 2]} ... {text[-LINE // 3 :]}"
+
+
+def printable(text: str) -> str:
+    """A text with escapes for what cannot be printed, but line ends and tabs: none moves the cursor or changes colours."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

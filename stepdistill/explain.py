@@ -13,8 +13,8 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from .fields import described, fields_of
-from .recipe import shown
 from .strategies import Strategy
+from .yaml_tree import shown
 
 HEADINGS = ("Objective", "When to choose it", "Healthy curves")
 WHAT = "What it does"

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from io import StringIO
 from typing import Any
 
+TEXT = 10_000  # characters of a text, such as a prompt
+PATH, PART = 4000, 255  # bytes of a path, and of a name in it, that file systems take
 Place = typing.NewType("Place", str)  # text that may name a file or folder: ~ becomes the home folder
 
 
@@ -44,7 +46,8 @@ class Range:
 
     def __str__(self) -> str:
         words = {"above": self.above, "at least": self.low, "below": self.below, "at most": self.high}
-        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        spelt = {word: f"{bound:g}" if isinstance(bound, float) else str(bound) for word, bound in words.items()}
+        return " and ".join(f"{word} {spelt[word]}" for word, bound in words.items() if bound is not None)
 
 
 def ranged(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
@@ -143,10 +146,10 @@ def convert(value: Any, kind: Any) -> Any:
         number = _number(value)
         if math.isfinite(number):
             return number
-    elif kind is int and isinstance(value, int | float | str) and not isinstance(value, bool):
-        number = _number(value)
-        if number.is_integer():
-            return int(number) if not isinstance(value, int) else value
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif kind is int and isinstance(value, float | str) and (number := _number(value)).is_integer():
+        return int(number)
     elif kind in (bool, str) and isinstance(value, kind):
         return value
     raise TypeError
@@ -182,3 +185,31 @@ def numbers(value: Any) -> list[float]:
     if isinstance(value, list | tuple):
         return [number for item in value for number in numbers(item)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def texts(value: Any) -> list[str]:
+    """The texts in a value: itself, or those of a list."""
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def places(kind: Any) -> set[Any]:
+    """The types that a type is made of, down to the last."""
+    inner = typing.get_args(kind)
+    return {kind}.union(*map(places, inner)) if inner and typing.get_origin(kind) is not typing.Literal else {kind}
+
+
+def unfit(text: str, place: bool) -> str | None:
+    """Why a text, or the name of a file or folder, cannot be used, and what to do; None if it can."""
+    if not text.strip():
+        return "is blank; write text, or leave the key out"
+    if len(text) > TEXT:
+        return f"must have at most {TEXT:,} characters; shorten it"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "has half a character in it, which no file can hold; write the whole one"
+    if "\0" in text or (place and not text.isprintable()):
+        return "has characters in it that cannot be printed; remove them"
+    if place and (len(os.fsencode(text)) > PATH or any(len(os.fsencode(part)) > PART for part in text.split("/"))):
+        return f"is too long for a path (at most {PATH:,} bytes, {PART} between slashes); shorten it"
+    return None

@@ -1,4 +1,4 @@
-"""Recipes in YAML: read strictly, with every problem told at once, and written back. The only user of yaml."""
+"""Recipes: read strictly, with every problem told at once, and written back."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .errors import UserError
+from .errors import UserError, one_line
 from .families import FAMILIES
-from .fields import Field, convert, described, fields_of, numbers
+from .fields import Field, Place, convert, described, fields_of, numbers, places, texts, unfit
 from .listing import find_recipe
 from .sections import SECTIONS, Data, Eval, Keys, Lora, Model, Optim, Pairs, Recipe, Train, check
 from .sources import suggestion
 from .strategies import STRATEGIES
 from .strategy_names import find_strategy, strategy_name
+from .yaml_tree import DEPTH, Unreadable, cut, dumped, read_bytes, read_tree, shown
 
 __all__ = ["Data", "Eval", "Lora", "Model", "Optim", "Pairs", "Recipe", "RecipeError", "Train", "differences"]
 __all__ += ["dump_recipe", "load_recipe", "shown", "strategy_name"]
 LAST = 10**9  # the line by which problems of the command line are sorted
+MOST = 50  # problems that are told
+NAME = 100  # characters of a run's name: names of files are made of it
 
 
 class RecipeError(UserError):
     """All that is wrong with a recipe: `problems` holds lines `file:line  key: value ... rule; remedy`."""
 
     def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
+        self.problems = [one_line(text) for text in problems[:MOST]]
+        if len(problems) > MOST:
+            self.problems.append(f"and {len(problems) - MOST:,} more; mend these first")
         super().__init__("\n".join(self.problems))
 
 
@@ -46,7 +49,11 @@ def load_recipe(
         RecipeError: every problem of the file, the overrides and the sources they name, at once.
     """
     file = find_recipe(path_or_name)
-    return read_recipe(file.read_bytes(), file, overrides, data, pairs, there)
+    try:
+        text = read_bytes(file)
+    except Unreadable as error:
+        raise RecipeError([f"{file}  {error}"]) from None
+    return read_recipe(text, file, overrides, data, pairs, there)
 
 
 def read_recipe(
@@ -81,67 +88,59 @@ class Draft:
 
     def __init__(self, file: Path, text: bytes | str):
         """Raises RecipeError if the text, which is the file's, is not readable YAML."""
-        self.file, self.lines = file, {}  # lines: keys -> line; 0 is the command line
+        self.file = file
         self.values: dict[str, Any] = {}  # by dotted key, those that are right in themselves
         self.problems: list[tuple[int, str]] = []
         try:
-            loader = yaml.SafeLoader(text)
-            root = loader.get_single_node()
-            self.tree = self._read(loader, root, ()) if root else {}
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            what = getattr(error, "problem", None) or str(error).splitlines()[0]
-            where = f"{file}:{mark.line + 1}" if mark else str(file)
-            problem = f"{where}  this is not valid YAML: {what}; mend it (text with : or # needs quotes)"
-            raise RecipeError([problem]) from None
+            written = read_tree(text)
+        except Unreadable as error:
+            where = f"{file}:{error.line}" if error.line else str(file)
+            raise RecipeError([f"{where}  {error}"]) from None
+        self.tree, self.lines = {} if written.values is None else written.values, written.lines
         if not isinstance(self.tree, dict):
             raise RecipeError([f"{file}:1  {shown(self.tree)} is no recipe; write sections: {', '.join(SECTIONS)}"])
+        for keys, first, line in written.twice:
+            self.blame(keys, f"occurs twice, first in line {first}; keep one", line)
 
-    def _read(self, loader: yaml.SafeLoader, node: yaml.Node, keys: Keys, line: int | None = None) -> Any:
-        """The value of a YAML node; notes the line of each key (all `line`, if given), and keys that occur twice."""
-        if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node, deep=True)
-        tree = {}
-        for name, value in node.value:
-            at = (*keys, str(name.value))
-            first, self.lines[at] = self.lines.get(at), name.start_mark.line + 1 if line is None else line
-            if at[-1] in tree:
-                self.blame(at, f"occurs twice, first in line {first}; keep one" if first else "occurs twice; keep one")
-            tree[at[-1]] = self._read(loader, value, at, line)
-        return tree
-
-    def blame(self, keys: Keys, message: str) -> None:
-        """Note a problem of a key, at its line or at that of the nearest section around it."""
-        line = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 1)
+    def blame(self, keys: Keys, message: str, line: int | None = None) -> None:
+        """Note a problem of a key, at a line, otherwise at its own or that of the nearest section around it."""
+        if line is None:  # lines: keys -> line; 0 is the command line
+            line = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 1)
         where = f"{self.file}:{line}" if line else "command line"
-        self.problems.append((line or LAST, f"{where}  {'.'.join(keys)}: {message}"))
+        self.problems.append((line or LAST, f"{where}  {cut('.'.join(keys))}: {message}"))
 
     def unknown(self, keys: Keys, known: Sequence[str], more: str = "") -> None:
         """Note an unknown key; suggest the nearest known one, or the section that has it, or list what there is."""
+        if len(self.problems) > MOST:  # which are not told: looking for near words takes time
+            return self.blame(keys, "unknown key")
         homes = [f"{name}.{keys[-1]}" for name, kind in SECTIONS.items() if keys[-1] in fields_of(kind)]
         hint = suggestion(keys[-1], known) or (f"; did you mean '{homes[0]}'?" if homes else "")
+        if (dotted := keys[-1].split("."))[0] in SECTIONS and len(keys) == 1 < len(dotted):
+            hint = f"; points are of the command line: in a file, write {dotted[0]}: {{{'.'.join(dotted[1:])}: ...}}"
         self.blame(keys, f"unknown key{hint or '; there are ' + ', '.join(known)}{more}")
 
     def override(self, text: str) -> None:
         """Put `dotted.key=value` into the tree; the value is YAML."""
         name, equals, value = text.partition("=")
         keys = tuple(name.strip().split("."))
-        if not equals or not all(keys):
-            self.problems.append((LAST, f"command line  {text}: an override reads key=value, as in train.steps=500"))
+        if not equals or not all(keys) or len(keys) > DEPTH:
+            self.problems.append((LAST, f"command line  {cut(text)}: an override reads key=value, as in train.steps=500"))
             return
         try:
-            loader = yaml.SafeLoader(value)
-            node = loader.get_single_node()
-            parsed = self._read(loader, node, keys, 0) if node else None
-        except yaml.YAMLError:
-            self.problems.append((LAST, f"command line  {text}: {value!r} is not a YAML value; quote it"))
+            written = read_tree(value)
+        except Unreadable as error:
+            told = f"command line  {cut(text)}: {cut(ascii(value))} is not a YAML value ({error}); quote it"
+            self.problems.append((LAST, told))
             return
+        self.lines |= {(*keys, *inner): 0 for inner in written.lines}
+        for inner, _, _ in written.twice:
+            self.blame((*keys, *inner), "occurs twice; keep one", 0)
         at = self.tree
         for n, key in enumerate(keys[:-1], 1):
             if not isinstance(at.get(key), dict):  # also null: lora.rank=8 overrides lora: null
                 at[key], self.lines[keys[:n]] = {}, 0
             at = at[key]
-        at[keys[-1]], self.lines[keys] = parsed, 0
+        at[keys[-1]], self.lines[keys] = written.values, 0
 
     def section(self, kind: type, key: str) -> Any:
         """The dataclass `kind` from the section `key`; None if that cannot be made. Its problems are noted."""
@@ -189,7 +188,7 @@ class Draft:
             self.blame(("strategy", "name"), f"is missing; name one of {', '.join(STRATEGIES)}")
             return None
         try:
-            kind = find_strategy(name if isinstance(name, str) else shown(name), trusted)
+            kind = find_strategy(name if isinstance(name, str) else f"'{shown(name)}'", trusted)
         except UserError as error:
             self.blame(("strategy", "name"), str(error))
             return None
@@ -199,7 +198,11 @@ class Draft:
     def name(self, default: str) -> str:
         """The run's name: a safe folder name that stock loaders accept in file names."""
         name = self.tree.get("name", default)
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        if not isinstance(name, str):
+            self.blame(("name",), f"{shown(name)} must be text; put it in quotes")
+        elif len(name) > NAME:
+            self.blame(("name",), f"{cut(name)} must have at most {NAME} characters (files are named after it); shorten it")
+        elif not re.fullmatch(r"\w[\w.-]*", name):
             self.blame(("name",), f"{shown(name)} must be letters, digits, and . _ - (a folder is named after it)")
         elif any(word in name.lower() for word in ("scheduler", "optimizer", "checkpoint")):
             self.blame(("name",), f"{name} has scheduler, optimizer or checkpoint in it: diffusers skips such files")
@@ -213,15 +216,14 @@ def _checked(value: Any, spec: Field) -> Any:
     try:
         result = convert(value, spec.type)
     except TypeError:
-        raise ValueError(f"{shown(value)} must be {described(spec.type)}") from None
+        quotes = "; put it in quotes" if str in places(spec.type) and isinstance(value, bool | int | float) else ""
+        raise ValueError(f"{shown(value)} must be {described(spec.type)}{quotes}") from None
     if spec.range and any(number not in spec.range for number in numbers(result)):
         raise ValueError(f"{shown(value)} is out of range; it must be {spec.range}")
+    for text in texts(result):
+        if fault := unfit(text, Place in places(spec.type)):
+            raise ValueError(f"{shown(text)} {fault}")
     return result
-
-
-def shown(value: Any) -> str:
-    """A value as it would stand in YAML, on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).replace("\n...", "").strip()
 
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:
@@ -242,23 +244,12 @@ def from_tree(tree: Mapping[str, Any], file: Path) -> Recipe:
     Raises:
         RecipeError: it is none, or none of this version's.
     """
-    return read_recipe(_yaml(tree), file, data=False)
+    return read_recipe(dumped(tree), file, data=False)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every key written out; load_recipe reads the same recipe from it."""
-    return _yaml(to_tree(recipe))
-
-
-def _yaml(tree: Mapping[str, Any]) -> str:
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Sections as blocks, lists on their key's line."""
-
-
-_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+    return dumped(to_tree(recipe))
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

@@ -44,13 +44,14 @@ class Data:
     # folder of pictures with a .txt caption beside each, or a metadata.jsonl; of .tar shards of such (webdataset); of tables
     # (.parquet, or what save_to_disk of `datasets` wrote); or stepdistill/tiny
     images: Place | None = None
-    count: int | None = ranged(None, low=1)  # so many prompts or pictures of what the package has; of files, at most so many
+    # so many prompts or pictures of what the package has; of files, at most so many
+    count: int | None = ranged(None, low=1, high=10**7)
     # side, or [height, width], in pixels; null: what the network was made for
     resolution: int | tuple[int, int] | None = ranged(None, low=8, high=8192)
     # true: pictures keep about their aspect ratio, between 1:2 and 2:1, at about the area of `resolution`, whose noise schedule
     # holds for all; every iteration has one shape, for prompts alone a drawn one
     buckets: bool = False
-    frames: int | None = ranged(None, low=1)  # of videos; null: as many as the pipeline makes by itself
+    frames: int | None = ranged(None, low=1, high=10**4)  # of videos; null: as many as the pipeline makes by itself
     cache: Place | None = None  # folder of encoded prompts and pictures, for any number of runs; null: cache/ beside the run's
 
     @property
@@ -64,12 +65,12 @@ class Pairs:
     """Noise, and where the teacher's ODE takes it. Only strategies that need pairs read this."""
 
     folder: Place | None = None  # pairs that `stepdistill pairs` made; null: made before training, in the run's folder
-    count: int = ranged(2048, low=1)  # pairs; where prompts are fewer, they come again with other noise
+    count: int = ranged(2048, low=1, high=10**7)  # pairs; where prompts are fewer, they come again with other noise
     steps: int = ranged(25, low=1, high=1000)  # of the teacher's deterministic first-order solver, DDIM or Euler
-    guidance: float | None = ranged(None, low=1)  # scale of the teacher; null: the strategy's own
+    guidance: float | None = ranged(None, low=1, high=1000)  # scale of the teacher; null: the strategy's own
     seed: int = ranged(0, low=0, below=2**63)  # of the noise
-    batch: int = ranged(16, low=1)  # pairs made at a time
-    shard: int = ranged(256, low=1)  # pairs a file; an interruption loses no more than the unfinished file
+    batch: int = ranged(16, low=1, high=10**5)  # pairs made at a time
+    shard: int = ranged(256, low=1, high=10**6)  # pairs a file; an interruption loses no more than the unfinished file
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,21 @@ class Optim:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its state in 8 bits a number (bitsandbytes)
     betas: tuple[float, float] = ranged((0.9, 0.99), low=0, below=1)  # AdamW's decays of gradient and its square
     weight_decay: float = ranged(0.0, low=0, high=1)  # AdamW's
-    clip: float = ranged(1.0, above=0)  # largest norm of each player's gradient
-    warmup: int = ranged(0, low=0)  # iterations in which learning rates rise from zero
+    clip: float = ranged(1.0, above=0, high=10**9)  # largest norm of each player's gradient
+    warmup: int = ranged(0, low=0, high=10**8)  # iterations in which learning rates rise from zero
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rates after the warm-up
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = ranged(low=1)  # iterations; one iteration is one batch
-    batch: int = ranged(16, low=1)  # samples an iteration, over all processes and parts
-    accumulate: int = ranged(1, low=1)  # parts of a batch, computed one after the other; divides batch
+    steps: int = ranged(low=1, high=10**8)  # iterations; one iteration is one batch
+    batch: int = ranged(16, low=1, high=10**5)  # samples an iteration, over all processes and parts
+    accumulate: int = ranged(1, low=1, high=10**5)  # parts of a batch, computed one after the other; divides batch
     seed: int = ranged(0, low=0, below=2**63)  # of everything random
-    save_every: int = ranged(100, low=1)  # iterations between checkpoints
-    keep: int = ranged(2, low=1)  # checkpoints that stay on disk
+    save_every: int = ranged(100, low=1, high=10**9)  # iterations between checkpoints
+    keep: int = ranged(2, low=1, high=10**6)  # checkpoints that stay on disk
     # iterations in a row with a loss or gradient that is not finite which are left out; one more ends the training
-    skip: int = ranged(0, low=0)
+    skip: int = ranged(0, low=0, high=10**8)
     precision: Literal["no", "bf16"] = field(  # of the computation; bf16 is autocast
         default="no", metadata={"refused": {"fp16": "training in fp16 diverges (range too small); use bf16"}}
     )
@@ -108,13 +109,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Eval:
-    every: int = ranged(100, low=0)  # iterations between sample grids; 0: never
-    n: int = ranged(2048, low=0)  # pictures behind each figure of the final table; 0: no table
+    every: int = ranged(100, low=0, high=10**8)  # iterations between sample grids; 0: never
+    n: int = ranged(2048, low=0, high=10**6)  # pictures behind each figure of the final table; 0: no table
     # student's numbers of steps in grids and table; null: its own, and those of 4, 2 and 1 that it can take
     steps: tuple[int, ...] | None = ranged(None, low=1, high=1000)
     prompts: list[str] | None = None  # of the sample grids; null: the first ones of data.prompts
     seed: int = ranged(0, low=0, below=2**63)  # of the noise in grids and table
-    batch: int = ranged(64, low=1)  # pictures sampled at a time
+    batch: int = ranged(64, low=1, high=10**5)  # pictures sampled at a time
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MODULES = modules()
 MAKERS = {name for name in MODULES if name.startswith("tiny.make")}  # what made the embedded world
 
 DOORS = {  # third-party package: the rooms that may import it
-    "yaml": {"recipe"},
+    "yaml": {"yaml_tree"},
     "peft": {"roles"},
     "accelerate": {"distributed", "trackers"},
     "diffusers": {"families", "samplers", "evaluate", "export", "serve", "meta", *MAKERS},
@@ -73,7 +73,8 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "distributed": {"errors"},
     "sections": {"fields", "schedules", "sources", "lora_sources", "errors"},
     "strategy_names": {"errors", "sources", "strategies"},
-    "recipe": {"errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
+    "yaml_tree": set(),
+    "recipe": {"yaml_tree", "errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
     "roles": NUMBERS | {"errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},
     "perceptual": {"errors"},
@@ -208,7 +209,8 @@ def test_a_wrong_arrow_is_found(name, source):
         ("roles", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .families.base import Family"),
         ("families.new", "from diffusers import FluxPipeline"),
         ("evaluate.new", "from diffusers import DDIMScheduler\nfrom ..tiny.judge import load_judge"),
-        ("recipe", "import yaml\nfrom .strategies import STRATEGIES"),
+        ("yaml_tree", "import yaml"),
+        ("recipe", "from .yaml_tree import shown\nfrom .strategies import STRATEGIES"),
     ],
 )
 def test_a_right_arrow_is_none(name, source):

@@ -60,11 +60,12 @@ class BOOT(Strategy):
     - student/grad_norm lies around 0.4 throughout, now and then above 1, and once in 100 iterations above 2.
     """
 
-    guidance: float = ranged(4.0, low=1)  # scale of the teacher
+    guidance: float = ranged(4.0, low=1, high=1000)  # scale of the teacher
     grid: int = ranged(8, low=1, high=1000)  # solver steps N from noise to data; the student is told the points below noise
-    boundary: float = ranged(1.0, low=0)  # weight beta of the boundary's samples beside the others (not confirmed)
+    boundary: float = ranged(1.0, low=0, high=1000)  # weight beta of the boundary's samples beside the others (not confirmed)
     solver: Literal["ddim", "heun"] = "ddim"  # of the teacher's step; heun asks it twice (reported, not confirmed)
-    progressive: int = ranged(0, low=0)  # iterations in which t spreads from 1 over the grid (not confirmed); 0: at once
+    # iterations in which t spreads from 1 over the grid (not confirmed); 0: at once
+    progressive: int = ranged(0, low=0, high=10**8)
     ema: float | None = ranged(None, low=0, below=1)  # decay of the target network (0.95); null: the student itself
 
     @property

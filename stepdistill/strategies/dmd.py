@@ -60,11 +60,11 @@ class DMD(Strategy):
     - student/grad_norm rose from 0.1 to 0.4 and sank to 0.25, critic/grad_norm sank from 0.15 to 0.08.
     """
 
-    guidance: float = ranged(3.0, low=1)  # scale of the teacher, also in its pairs
+    guidance: float = ranged(3.0, low=1, high=1000)  # scale of the teacher, also in its pairs
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
-    regression: float = ranged(0.25, above=0)  # weight of the pairs' distance (reported for LPIPS, not confirmed)
+    regression: float = ranged(0.25, above=0, high=1000)  # weight of the pairs' distance (reported for LPIPS, not confirmed)
     distance: Literal["huber", "lpips"] = "huber"  # of a pair: pseudo-Huber in latents, or LPIPS of decoded pictures
-    huber: float = ranged(1e-3, above=0)  # constant c of the pseudo-Huber distance
+    huber: float = ranged(1e-3, above=0, high=1000)  # constant c of the pseudo-Huber distance
     fake_loss: Literal["eps", "x0", "v", "flow"] | None = None  # space of the critic's error; null: the network's own
 
     roles = ("student", "fake")

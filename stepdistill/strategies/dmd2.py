@@ -79,17 +79,18 @@ class DMD2(Strategy):
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
     times: tuple[float, ...] | None = ranged(None, above=0, high=1)  # their times, from noise down; null: equal steps
-    guidance: float = ranged(8.0, low=1)  # scale of the teacher
+    guidance: float = ranged(8.0, low=1, high=1000)  # scale of the teacher
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
     decoupled: bool = False  # guide at times of their own: Decoupled DMD, arXiv:2511.22677
     augment_range: tuple[float, float] | None = ranged(None, above=0, below=1)  # those times; null: t_range x student's own
-    augment: float = ranged(1.0, low=0)  # weight of what guidance adds there (the paper's is not confirmed)
+    augment: float = ranged(1.0, low=0, high=1000)  # weight of what guidance adds there (the paper's is not confirmed)
     normalize: bool = True  # divide by each sample's mean |x0 - real|; false: do not, as in Decoupled DMD's pseudo-code
-    student_every: int = ranged(5, low=1)  # critic updates for each of the student: two time-scales, Sec. 4.2
+    student_every: int = ranged(5, low=1, high=10**4)  # critic updates for each of the student: two time-scales, Sec. 4.2
     alternate: bool = False  # no critic update when the student moves; false: both, on the same samples
     fake_loss: Literal["eps", "x0", "v", "flow"] | None = None  # space of the critic's error; null: the network's own
-    gan: float = ranged(0.0, low=0)  # weight of the student's GAN loss, Sec. 4.3 (5e-3 for SDXL); 0: no discriminator
-    gan_critic: float = ranged(1e-2, above=0)  # weight of the discriminator's own loss
+    # weight of the student's GAN loss, Sec. 4.3 (5e-3 for SDXL); 0: no discriminator
+    gan: float = ranged(0.0, low=0, high=1000)
+    gan_critic: float = ranged(1e-2, above=0, high=1000)  # weight of the discriminator's own loss
     gan_on: Literal["fake", "teacher"] = "fake"  # whose features the discriminator reads; those of fake learn with it
     renoise: bool | None = None  # sample with new noise after each step; null: on DDPM tables yes, on flow no
 

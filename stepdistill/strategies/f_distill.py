@@ -75,17 +75,18 @@ class FDistill(Strategy):
     """
 
     divergence: Literal[*WEIGHTS] = "js"  # the f of D_f = E_q[f(p / q)], p of pictures, q of samples
-    ratio_range: tuple[float, float] = ranged((0.1, 20.0), above=0)  # the ratio is clamped to it
-    bins: int | None = ranged(10, low=1)  # the ratio is divided by its average in so many bins of time; null: it is not
+    ratio_range: tuple[float, float] = ranged((0.1, 20.0), above=0, high=10**6)  # the ratio is clamped to it
+    # the ratio is divided by its average in so many bins of time; null: it is not
+    bins: int | None = ranged(10, low=1, high=10**4)
     bins_decay: float = ranged(0.0, low=0, below=1)  # memory of those averages; 0: of this batch alone (0.5 for ImageNet)
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
     times: tuple[float, ...] | None = ranged(None, above=0, high=1)  # their times, from noise down; null: equal steps
-    guidance: float = ranged(1.75, low=1)  # scale of the teacher
+    guidance: float = ranged(1.75, low=1, high=1000)  # scale of the teacher
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
-    student_every: int = ranged(5, low=1)  # critic updates for each of the student
+    student_every: int = ranged(5, low=1, high=10**4)  # critic updates for each of the student
     fake_loss: Literal["eps", "x0", "v", "flow"] | None = None  # space of the critic's error; null: the network's own
-    gan: float = ranged(1e-3, low=0)  # weight of the student's GAN loss; the discriminator is there in any case
-    gan_critic: float = ranged(1e-2, above=0)  # weight of the discriminator's own loss
+    gan: float = ranged(1e-3, low=0, high=1000)  # weight of the student's GAN loss; the discriminator is there in any case
+    gan_critic: float = ranged(1e-2, above=0, high=1000)  # weight of the discriminator's own loss
     gan_on: Literal["fake", "teacher"] = "fake"  # whose features the discriminator reads; those of fake learn with it
     renoise: bool | None = None  # sample with new noise after each step; null: on DDPM tables yes, on flow no
 

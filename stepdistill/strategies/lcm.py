@@ -55,11 +55,13 @@ class LCM(Strategy):
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
     grid: int = ranged(50, low=1, high=1000)  # solver steps N from noise to data; pairs start at its points
-    skip: int = ranged(1, low=1)  # intervals of the grid that one solver step jumps; the paper's k is 1000 skip / grid
-    guidance: tuple[float, float] = ranged((6.0, 16.0), low=1)  # range of the teacher's scale; the paper's w plus 1
-    huber: float = ranged(1e-3, above=0)  # constant c of the pseudo-Huber distance
+    # intervals of the grid that one solver step jumps; the paper's k is 1000 skip / grid
+    skip: int = ranged(1, low=1, high=1000)
+    guidance: tuple[float, float] = ranged((6.0, 16.0), low=1, high=1000)  # range of the teacher's scale; the paper's w plus 1
+    huber: float = ranged(1e-3, above=0, high=1000)  # constant c of the pseudo-Huber distance
     ema: float | None = ranged(None, low=0, below=1)  # decay of the target network (0.95); null: the student itself
-    embed_guidance: float | None = ranged(None, low=1)  # tell the student its scale, and this one when it is sampled; null: no
+    # tell the student its scale, and this one when it is sampled; null: no
+    embed_guidance: float | None = ranged(None, low=1, high=1000)
     renoise: bool | None = None  # sample with new noise after each step; null: on DDPM tables yes, on flow no
 
     needs = frozenset({"x0"})

@@ -66,14 +66,15 @@ class PhasedDMD(Strategy):
 
     steps: int = ranged(4, low=2, high=50)  # evaluations of the students when they are sampled
     phases: int = ranged(2, low=1, high=50)  # with as many of the steps each
-    phase_steps: int = ranged(1000, low=1)  # iterations of each phase; the last one lasts until train.steps
+    phase_steps: int = ranged(1000, low=1, high=10**8)  # iterations of each phase; the last one lasts until train.steps
     times: tuple[float, ...] | None = ranged(None, above=0, high=1)  # of the steps, from noise down; null: equal steps
-    guidance: float = ranged(4.0, low=1)  # scale of the teacher
+    guidance: float = ranged(4.0, low=1, high=1000)  # scale of the teacher
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # of the matching's times, as shares of s to 1
     weight: Literal["kl", "dmd"] = "kl"  # of a time: the KL gradient itself, as in the paper; or DMD's normalized difference
-    student_every: int = ranged(5, low=1)  # critic updates for each of the student
+    student_every: int = ranged(5, low=1, high=10**4)  # critic updates for each of the student
     fake_loss: Literal["eps", "x0", "v", "flow"] = "eps"  # space of the critic's error; the paper's is flow
-    clamp: float | None = ranged(None, above=0)  # c in the weight min(1, c sigma^2) of that error, Eq. 13 (10); null: 1
+    # c in the weight min(1, c sigma^2) of that error, Eq. 13 (10); null: 1
+    clamp: float | None = ranged(None, above=0, high=10**6)
     renoise: bool = False  # new noise after each step; false: the deterministic step, as in the paper
 
     @property

@@ -62,16 +62,19 @@ class RCM(Strategy):
 
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student when it is sampled
     times: tuple[float, ...] | None = ranged(None, above=0, high=1)  # their times, from noise down; null: equal steps
-    guidance: float = ranged(5.0, low=1)  # scale of the teacher, in both terms
-    trajectory: int | None = ranged(None, low=1)  # points of the teacher's own trajectories for each prompt; null: of pictures
-    proposal: tuple[float, float] = (0.7, 1.6)  # mean and standard deviation of log tan theta, of the consistency's angles
+    guidance: float = ranged(5.0, low=1, high=1000)  # scale of the teacher, in both terms
+    # points of the teacher's own trajectories for each prompt; null: of pictures
+    trajectory: int | None = ranged(None, low=1, high=1000)
+    # mean and standard deviation of log tan theta, of the consistency's angles
+    proposal: tuple[float, float] = ranged((0.7, 1.6), low=-20, high=20)
     difference: float | None = ranged(0.03, above=0, below=0.5)  # angle of central differences; null: the exact derivative
-    tangent: float = ranged(0.1, above=0)  # constant c of the tangent's normalization
-    warmup: int = ranged(1000, low=0)  # iterations of consistency alone, in which the share r of the derivative rises to 1
-    matching: float = ranged(6.0, above=0)  # weight of the score difference (the paper's 0.01 is to sums, see above)
+    tangent: float = ranged(0.1, above=0, high=1000)  # constant c of the tangent's normalization
+    # iterations of consistency alone, in which the share r of the derivative rises to 1
+    warmup: int = ranged(1000, low=0, high=10**8)
+    matching: float = ranged(6.0, above=0, high=10**6)  # weight of the score difference (the paper's 0.01 is to sums, above)
     rollout: int = ranged(4, low=1, high=50)  # at most so many random steps make the samples that are matched
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times of rollouts, and of the two scores
-    student_every: int = ranged(5, low=1)  # of so many iterations one moves the student, and the others the critic
+    student_every: int = ranged(5, low=1, high=10**4)  # of so many iterations one moves the student, and the others the critic
     renoise: bool = True  # new noise after each step of sampling; false: the deterministic step
 
     roles = ("student", "fake")

@@ -66,12 +66,14 @@ class Reflow(Strategy):
     """
 
     steps: int = ranged(1, low=1, high=50)  # evaluations of the student when it is sampled
-    guidance: float = ranged(6.0, low=1)  # scale of the teacher in its pairs, unless pairs.guidance says another
-    u_shape: float = ranged(4.0, low=0)  # a of the density e^(a tau) + e^(a (1 - tau)) of drawn times, as in rf++; 0: uniform
+    guidance: float = ranged(6.0, low=1, high=1000)  # scale of the teacher in its pairs, unless pairs.guidance says another
+    # a of the density e^(a tau) + e^(a (1 - tau)) of drawn times, as in rf++; 0: uniform
+    u_shape: float = ranged(4.0, low=0, high=100)
     distance: Literal["l2", "huber", "lpips_huber"] = "huber"  # what is made least, see the objective
-    huber: float = ranged(5.4e-4, above=0)  # constant of the pseudo-Huber distance, for each entry of a sample
+    huber: float = ranged(5.4e-4, above=0, high=1000)  # constant of the pseudo-Huber distance, for each entry of a sample
     divide_lpips: bool = False  # weigh LPIPS by 1 / tau
-    reflow_steps: int | None = ranged(None, low=0)  # iterations, after which it is distilled to one step; null: it never is
+    # iterations, after which it is distilled to one step; null: it never is
+    reflow_steps: int | None = ranged(None, low=0, high=10**8)
 
     needs = frozenset({"pairs"})
 

@@ -72,17 +72,20 @@ class SCM(Strategy):
 
     steps: int = ranged(2, low=1, high=50)  # evaluations of the student when it is sampled
     times: tuple[float, ...] | None = ranged(None, above=0, high=1)  # their times, from noise down; null: equal steps
-    guidance: float = ranged(5.0, low=1)  # scale of the teacher
+    guidance: float = ranged(5.0, low=1, high=1000)  # scale of the teacher
     velocity: Literal["teacher", "data"] = "teacher"  # dx/dtheta: distillation, or training on pictures without a teacher
-    trajectory: int | None = ranged(None, low=1)  # points of the teacher's own trajectories for each prompt; null: of pictures
-    proposal: tuple[float, float] = (0.7, 1.6)  # mean and standard deviation of log tan theta (rCM's; sCM's is (-0.3, 1.4))
+    # points of the teacher's own trajectories for each prompt; null: of pictures
+    trajectory: int | None = ranged(None, low=1, high=1000)
+    # mean and standard deviation of log tan theta (rCM's; sCM's is (-0.3, 1.4))
+    proposal: tuple[float, float] = ranged((0.7, 1.6), low=-20, high=20)
     difference: float | None = ranged(0.03, above=0, below=0.5)  # angle of central differences; null: the exact derivative
-    tangent: float = ranged(0.1, above=0)  # constant c of the tangent's normalization
-    warmup: int = ranged(1000, low=0)  # iterations in which the share r of the derivative rises to 1
+    tangent: float = ranged(0.1, above=0, high=1000)  # constant c of the tangent's normalization
+    warmup: int = ranged(1000, low=0, high=10**8)  # iterations in which the share r of the derivative rises to 1
     adaptive: bool = True  # weigh angles by the error that is learnt for them, Sec. 4.2; false: all alike
-    intervals: tuple[int, int] | None = ranged(None, low=2)  # discrete time as in iCT: first and last number; null: continuous
-    double_every: int = ranged(100, low=1)  # iterations after which that number doubles
-    huber: float = ranged(5.4e-4, above=0)  # constant c of the pseudo-Huber distance in discrete time
+    # discrete time as in iCT: first and last number; null: continuous
+    intervals: tuple[int, int] | None = ranged(None, low=2, high=10**5)
+    double_every: int = ranged(100, low=1, high=10**8)  # iterations after which that number doubles
+    huber: float = ranged(5.4e-4, above=0, high=1000)  # constant c of the pseudo-Huber distance in discrete time
     renoise: bool = True  # new noise after each step of sampling; false: the deterministic step
 
     @property

@@ -69,15 +69,15 @@ class TSCD(Strategy):
     """
 
     segments: tuple[int, ...] = ranged((8, 4, 2, 1), low=1, high=1000)  # of the trajectory in each stage; the last ones stay
-    stage_steps: int = ranged(1000, low=1)  # iterations of each stage; the last one lasts until train.steps
-    guidance: tuple[float, float] = ranged((3.0, 8.0), low=1)  # range of the teacher's scale
+    stage_steps: int = ranged(1000, low=1, high=10**8)  # iterations of each stage; the last one lasts until train.steps
+    guidance: tuple[float, float] = ranged((3.0, 8.0), low=1, high=1000)  # range of the teacher's scale
     mix: tuple[float, ...] = ranged((0.0, 0.0, 0.05, 0.1), low=0, high=1)  # share of the GAN loss in each stage (not confirmed)
     grid: int = ranged(48, low=1, high=1000)  # solver steps from noise to data; a multiple of the first number of segments
     ema: float | None = ranged(None, low=0, below=1)  # decay of the target network (0.95); null: the student itself
     steps: int = ranged(4, low=1, high=50)  # evaluations of the student; as many as segments, if more than one is kept
     eta: float = ranged(0.0, low=0, high=1)  # new noise after each step, TCD's gamma (there 0.3); on flow 0 or 1
     score: bool = False  # a stage more, until train.steps, of distilling scores into one step, as DMD2 does
-    student_every: int = ranged(5, low=1)  # in that stage, critic updates for each of the student
+    student_every: int = ranged(5, low=1, high=10**4)  # in that stage, critic updates for each of the student
 
     needs = frozenset({"x0"})
 

@@ -53,7 +53,7 @@ class VSD(Strategy):
       what the student then follows is noise. Raise optim.critic_lr.
     """
 
-    guidance: tuple[float, float] = ranged((4.5, 4.5), low=1)  # range of the scale of teacher and fake score
+    guidance: tuple[float, float] = ranged((4.5, 4.5), low=1, high=1000)  # range of the scale of teacher and fake score
     t_range: tuple[float, float] = ranged((0.02, 0.98), above=0, below=1)  # times at which the two scores are compared
     prompt_dropout: float = ranged(0.1, low=0, high=1)  # share of samples whose prompt the fake score is not told
 
