@@ -6,6 +6,7 @@ command runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -135,6 +136,10 @@ class Recipe:
 SECTIONS = {"model": Model, "lora": Lora, "data": Data, "pairs": Pairs, "optim": Optim, "train": Train, "eval": Eval}
 
 
+ONCE = (("model", "loras"), ("lora", "targets"), ("train", "trackers"), ("eval", "steps"))  # lists without repetition
+MOST = {("model", "loras"): 50, ("lora", "targets"): 2000, ("eval", "steps"): 50, ("eval", "prompts"): 500}  # items of lists
+
+
 def check(
     values: Mapping[str, Any], strategy: Any, strategy_name: str, families: Mapping[str, type], there: bool = True
 ) -> Iterator[tuple[Keys, str]]:
@@ -145,16 +150,16 @@ def check(
     there: whether models and data on this disk must exist already; if not, only their form is checked.
     """
     if "model.source" in values:
-        for message in check_model(values["model.source"], values.get("model.variant"), families, there):
-            yield ("model", "source"), message
+        found = check_model(values["model.source"], values.get("model.variant"), families, there)
+        yield from looked_at(("model", "source"), found)
     for lora in values.get("model.loras", ()):
-        yield from ((("model", "loras"), message) for message in check_lora(lora))
+        yield from looked_at(("model", "loras"), check_lora(lora))
     if strategy and (family := families.get(pipeline_class(values.get("model.source", "")))):
         yield from check_guidance(family, strategy, values.get("pairs.guidance"))
     if "data.prompts" in values:
-        yield from ((("data", "prompts"), message) for message in check_prompts(values["data.prompts"], there))
+        yield from looked_at(("data", "prompts"), check_prompts(values["data.prompts"], there))
     if values.get("data.images") is not None:
-        yield from ((("data", "images"), message) for message in check_images(values["data.images"], there))
+        yield from looked_at(("data", "images"), check_images(values["data.images"], there))
     if strategy:
         for message in strategy.check():  # "field: what is wrong" or just what is wrong
             name, _, rest = message.partition(": ")
@@ -172,7 +177,7 @@ def check(
         if "pairs" in strategy.needs and values.get("pairs.folder") is not None:
             model = {key: values.get(f"model.{key}") for key in ("source", "revision", "variant")}
             model["loras"] = identities(values.get("model.loras", ()))
-            yield from ((("pairs", "folder"), message) for message in check_pairs(values["pairs.folder"], model, there))
+            yield from looked_at(("pairs", "folder"), check_pairs(values["pairs.folder"], model, there))
     told = values.get("strategy.embed_guidance")
     if told is not None and "lora.rank" in values:
         yield ("strategy", "embed_guidance"), f"{told} adds an input, which a LoRA cannot; set lora: null, or this"
@@ -189,13 +194,28 @@ def check(
         yield ("train", "accumulate"), f"{parts} must divide train.batch, which is {batch}"
     if values.get("eval.steps") == ():
         yield ("eval", "steps"), "[] must name at least one number of steps, as in [4, 2, 1]; write null for the student's own"
-    for steps in (values.get("eval.steps") or ()) if strategy else ():
+    for keys, most in MOST.items():
+        if len(given := values.get(".".join(keys)) or ()) > most:
+            yield keys, f"{len(given):,} are too many, at most {most}; leave some out"
+    for keys in ONCE:
+        for item, times in Counter(values.get(".".join(keys)) or ()).items():
+            if times > 1:
+                yield keys, f"{item} is there {times} times; keep one"
+    for steps in (values.get("eval.steps") or ())[: MOST["eval", "steps"]] if strategy else ():
         try:
             strategy.inference(RectifiedFlow(), steps)
         except ValueError as error:
             yield ("eval", "steps"), f"{steps} cannot be: {error}"
     if values.get("eval.prompts") == []:
         yield ("eval", "prompts"), "[] must name at least one prompt; write null for the first ones of data.prompts"
+
+
+def looked_at(keys: Keys, problems: Iterator[str]) -> Iterator[tuple[Keys, str]]:
+    """The problems with a source, also that the disk does not show it."""
+    try:
+        yield from ((keys, message) for message in problems)
+    except OSError as error:
+        yield keys, f"{error.filename} cannot be read ({error.strerror}); give what you may read"
 
 
 def check_guidance(family: Any, strategy: Any, pairs: float | None) -> Iterator[tuple[Keys, str]]:

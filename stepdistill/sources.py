@@ -27,6 +27,7 @@ CAPTIONS = ("prompt", "caption", "text")  # keys and columns that hold them
 METADATA = "metadata.jsonl"  # in a folder of pictures: lines with a file_name and a caption
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
+LOOK = 10**5  # characters of a file, and files of a folder, that a check looks at
 PAIRS = "pairs.json"  # in a folder of teacher pairs: with what settings they were made, and how many
 PYARROW = "Parquet and Arrow files are read by pyarrow, which is not installed: pip install 'stepdistill[data]'"
 PICKLE = (
@@ -64,8 +65,8 @@ def pipeline_class(source: str) -> str | None:
         return architecture and architecture.pipeline
     try:
         index = json.loads((embedded_models().get(source, Path(source)) / "model_index.json").read_text(encoding="utf-8"))
-        return index["_class_name"]
-    except (OSError, ValueError, TypeError, KeyError):
+        return index["_class_name"] if isinstance(index["_class_name"], str) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -103,10 +104,11 @@ def _check_pipeline(folder: Path, source: str, variant: str | None, families: Co
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-    except (ValueError, AttributeError, IndexError):
+        if not isinstance(name := index.get("_class_name", ""), str):
+            raise ValueError
+    except (ValueError, AttributeError, IndexError, RecursionError):
         yield f"{source}/model_index.json cannot be read; save the pipeline again"
         return
-    name = index.get("_class_name", "")
     if families and name not in families and not in_diffusers(name):
         yield f"{source} holds a {name}, which the installed diffusers lacks; well known are {', '.join(sorted(families))}"
     for part in parts:
@@ -143,13 +145,15 @@ def check_prompts(source: str, there: bool = True) -> Iterator[str]:
         yield f"{source} is not {kinds}; name one, or {EMBEDDED_PROMPTS}"
     elif there and not path.exists():
         yield _missing(source, kinds, EMBEDDED_PROMPTS)
+    elif path.exists() and not path.is_file():
+        yield f"{source} is a device or a pipe; give {kinds}"
     elif path.exists() and path.suffix.lower() == ".parquet":
         if importlib.util.find_spec("pyarrow") is None:
             yield f"{source}: {PYARROW}"
     elif path.exists():
         try:
             with path.open(encoding="utf-8") as file:
-                empty = not any(line.strip() for line in islice(file, 1000))
+                empty = not file.read(LOOK).strip()
         except UnicodeDecodeError:
             yield f"{source} is not text in UTF-8; give {kinds}"
             return
@@ -170,7 +174,7 @@ def check_images(source: str, there: bool = True) -> Iterator[str]:
         if there:
             yield _missing(source, wanted, EMBEDDED_DATA)
     else:
-        kinds = {file.suffix.lower() for file in folder.rglob("*")}
+        kinds = {file.suffix.lower() for file in islice(folder.rglob("*"), LOOK)}
         if not kinds & {*PICTURES, ".tar", ".parquet", ".arrow"}:
             have = ", ".join(sorted(PICTURES))
             yield (
@@ -192,7 +196,7 @@ def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> It
         made = {"loras": None} | json.loads((folder / PAIRS).read_text(encoding="utf-8"))
         missing = [name for name in shards(made) if not (folder / name).is_file()]
         theirs = {key: made[key] for key in model}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         yield f"{source}/{PAIRS} cannot be read; make the pairs in another folder: {make} --out DIR"
         return
     wanted = {**model, "source": identity(model["source"] or "")}
@@ -203,7 +207,13 @@ def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> It
 
 
 def shards(manifest: Mapping[str, Any]) -> list[str]:
-    """Names of the files that hold the pairs of a manifest."""
+    """Names of the files that hold the pairs of a manifest.
+
+    Raises:
+        ValueError, KeyError, TypeError: it does not say how many there are.
+    """
+    if not 0 <= manifest["count"] <= 10**7 or manifest["shard"] < 1:
+        raise ValueError("no numbers of pairs")
     return [f"pairs-{k:05d}.safetensors" for k in range(-(-manifest["count"] // manifest["shard"]))]
 
 
