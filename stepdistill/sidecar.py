@@ -1,4 +1,4 @@
-"""What an export says of itself: one object, `Serving`, the sidecar stepdistill.json in its folder.
+"""What an export says of itself: one object, `Serving`, the sidecar stepdistill.json in its folder, checked as it is read.
 
 It holds how the student is sampled with its stock pipeline, which export, card, check and `sample` read (`serve` opens an
 export by it alone), and the recipe, so that `assemble.restore` can make the roles again.
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UserError
+from .fields import numbers, ranged
+from .foreign import is_plain, leaves, parse_json, read_json, shaped, shorten
 from .lora_sources import LoraSource
 from .samplers import Sampler
 from .sources import embedded_models
@@ -22,9 +26,26 @@ if TYPE_CHECKING:
 
 SIDECAR = "stepdistill.json"
 FORMAT = 5  # of the sidecar; a change that makes older ones unreadable raises it
+FORMS = ("diffusers", "kohya", "fused", "pipeline")  # of `files`
 WHOLE = ("pipeline", "fused")  # files that are whole pipeline folders; the others are LoRA files
 
+OURS = {"prompt", "generator", "output_type", "return_dict"}  # arguments of pipe(...) that no sidecar gives
+EDGE = 2**14  # the largest whole number among arguments: pixels, steps, frames
+TABLE = 10**6  # the largest whole number of a scheduler's config
+
 Part = tuple[str, str]  # a student, and the network of the pipeline that it plays
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `Serving.lora` holds."""
+
+    rank: int = ranged(low=1, high=2**14)
+    alpha: float
+    scale: float
+    scale_range: tuple[float, float]
+    targets: tuple[str, ...]
+    loader: Literal["diffusers", "peft"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +58,12 @@ class Serving:
     model: str  # what was distilled: embedded name, absolute folder, or hub id
     revision: str | None
     variant: str | None
-    dtype: str  # of the base
-    size: tuple[int, int]  # height and width in pixels that the student was trained at
-    frames: int | None  # of its videos; None: it draws pictures
-    fps: float | None  # frames a second
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the base
+    size: tuple[int, int] = ranged(low=1, high=EDGE)  # height and width in pixels that the student was trained at
+    frames: int | None = ranged(low=1, high=EDGE)  # of its videos; None: it draws pictures
+    fps: float | None = ranged(above=0, high=1000)  # frames a second
     strategy: str
-    steps: int  # which of `samplers` is meant
+    steps: int = ranged(low=1, high=EDGE)  # which of `samplers` is meant
     samplers: dict[int, Sampler]  # for every number of steps that is known to work
     worn: tuple[Part, ...]  # all parts: of two experts each has its own student, or both have the same
     call: dict[str, Any]  # of pipe(...), whatever the steps: guidance_scale; size and num_frames if not the base's own
@@ -54,7 +75,9 @@ class Serving:
     recipe: dict[str, Any]  # its other sections, see `inference.published`
     loras: tuple[LoraSource, ...] = ()  # what lies between the model and the student
     negative_prompt_supported: bool = False  # without classifier-free guidance nothing reads it
-    quantize: str | None = None  # to what the base was quantized in training, int8 or nf4, as it is when the LoRA is checked
+    quantize: Literal["int8", "nf4"] | None = (
+        None  # to what the base was quantized in training, int8 or nf4, as it is when the LoRA is checked
+    )
     files: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # format -> names in the export, as `worn`
 
     @property
@@ -115,20 +138,63 @@ class Serving:
             UserError: it is not that, or of another format.
         """
         try:
-            tree = json.loads(text)
-            if tree.pop("format") != FORMAT:
-                raise UserError(f"this {SIDECAR} was written by another version of stepdistill; export the run again")
-            samplers = {
-                int(n): Sampler(**sampler | {"students": tuple(sampler["students"])}) for n, sampler in tree["samplers"].items()
-            }
-            files = {form: tuple(names) for form, names in tree["files"].items()}
-            tree |= {key: tuple(tree[key]) for key in ("prompts", "size")} | {"worn": tuple(map(tuple, tree["worn"]))}
-            loras = tuple(LoraSource(**lora) for lora in tree["loras"])
-            return cls(**tree | {"samplers": samplers, "files": files, "loras": loras})
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{SIDECAR} cannot be read ({error!r}); export the run again") from None
+            return cls.from_tree(parse_json(text))
+        except ValueError as error:
+            raise UserError(f"{SIDECAR} cannot be read: {error}; export the run again") from None
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> Serving:
+        """The same of its JSON value. Raises ValueError: it is not what an export of this version holds."""
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise ValueError("it was written by another version of stepdistill")
+        told = shaped({key: value for key, value in tree.items() if key != "format"}, cls)
+        if told.lora is not None:
+            shaped(told.lora, Adapter, "lora")
+        for fault in _faults(told):
+            raise ValueError(fault)
+        return told
+
+
+def _faults(told: Serving) -> Iterator[str]:
+    """What annotations do not say of a sidecar: names are names, since code and paths are made of them; numbers can be."""
+    if not is_plain(told.name) or not re.fullmatch(r"\w+(\.\w+)*(:\w+)?", told.strategy):
+        yield f"{shorten(told.name)}, made by {shorten(told.strategy)}, must be plain names"
+    students = {who for sampler in told.samplers.values() for who in sampler.students}
+    calls = [told.call, *(sampler.call for sampler in told.samplers.values())]
+    words = {told.pipeline, told.network, *students, *(word for part in told.worn for word in part)}
+    words |= {name for call in calls for name in call}
+    for word in sorted(words):
+        if not re.fullmatch(r"[A-Za-z]\w{0,99}", word) or word in OURS:
+            yield f"{shorten(word)} cannot be the name of a pipeline, network, student or argument"
+    others = [words for sampler in told.samplers.values() for words in (sampler.comfyui, sampler.a1111) if words]
+    for word in (word for words in others for pair in words.items() for word in pair):
+        if not isinstance(word, int | float | None) and not re.fullmatch(r"\w[\w +.()/-]{0,99}", str(word)):
+            yield f"{shorten(word)} is no word of ComfyUI or A1111"
+    for sampler in told.samplers.values():
+        if not re.fullmatch(r"\w{1,90}Scheduler", sampler.scheduler):
+            yield f"{shorten(sampler.scheduler)} is no scheduler"
+        if any(isinstance(x, int) and abs(x) > TABLE for x in numbers(list(sampler.config.values()))):
+            yield f"the config of {sampler.scheduler} holds a number over {TABLE}"
+    for value in (value for call in calls for value in call.values()):
+        if not isinstance(value, bool | str | None) and (not (found := numbers(value)) or max(map(abs, found)) > EDGE):
+            yield f"{shorten(value)} cannot be an argument of a pipeline"
+    if not told.worn:
+        yield "no student plays a network"
+    if not told.prompts:
+        yield "it names no prompt"
+    if told.steps not in told.samplers:
+        yield f"it has no sampler of its own {told.steps} steps"
+    if (told.frames is None) != (told.fps is None):
+        yield "frames and fps must both be null, or neither"
+    for form, names in told.files.items():
+        if form not in FORMS:
+            yield f"files of an unknown format {shorten(form)}"
+        for name in names:
+            if not is_plain(name) or (form not in WHOLE and not name.endswith(".safetensors")):
+                yield f"{shorten(name)} is no name of a file in the export's folder"
+    for lora in told.loras:
+        if not is_plain(lora.file) or not lora.file.endswith(".safetensors"):
+            yield f"{shorten(lora.file)} is no name of a LoRA file"
 
 
 def find_export(folder: Path) -> Path:
@@ -146,5 +212,17 @@ def find_export(folder: Path) -> Path:
 
 
 def read_export(folder: Path) -> Serving:
-    """The sidecar of an export folder."""
-    return Serving.from_json((folder / SIDECAR).read_text(encoding="utf-8"))
+    """The sidecar of an export folder.
+
+    Raises:
+        UserError: it is not what an export holds, or names files that lie elsewhere.
+    """
+    file = folder / SIDECAR
+    try:
+        told = Serving.from_tree(read_json(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}; export the run again") from None
+    for name in (name for names in told.files.values() for name in names):
+        if leaves(folder / name, folder):
+            raise UserError(f"{folder / name} is a link that leaves the export; put the file itself there, or export again")
+    return told

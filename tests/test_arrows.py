@@ -63,7 +63,8 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "as_cuda": set(),
     "costs": {"as_cuda", "live_bytes", "roles", "families"},
     "fields": set(),
-    "sources": {"architectures"},
+    "foreign": {"errors", "fields"},
+    "sources": {"architectures", "foreign"},
     "lora_sources": {"sources"},
     "kohya": set(),
     "merge": {"errors", "families", "kohya", "lora_sources"},
@@ -78,11 +79,11 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "roles": NUMBERS | {"errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},
     "perceptual": {"errors"},
-    "sidecar": {"errors", "lora_sources", "samplers", "sources"},
+    "sidecar": {"errors", "fields", "foreign", "lora_sources", "samplers", "sources"},
     "lora_files": {"sidecar"},
-    "export_weights": {"errors", "families", "lora_files", "sidecar"},
+    "export_weights": {"errors", "families", "foreign", "lora_files", "sidecar"},
     "strategies": MODEL | {"perceptual"},
-    "families": NUMBERS | {"errors", "extras", "sources", "lora_sources", "kohya", "fields"},
+    "families": NUMBERS | {"errors", "extras", "foreign", "sources", "lora_sources", "kohya", "fields"},
 }
 NEVER = {  # room: rooms that it must not import
     "trainer": {"evaluate", "export", "families", "tiny", "cli", "runs"},
