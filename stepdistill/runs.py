@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from . import checkpoint, devices, distributed, report
+from .account import Account, accounted
 from .assemble import Distillation, assemble
 from .data import build_batches
 from .devices import placed
@@ -24,8 +25,9 @@ from .inference import recipe_hash, serving
 from .machine import check_machine
 from .pairs import make_pairs
 from .recipe import Recipe, differences, dump_recipe, load_recipe
-from .show import Line, Log, clock, summary
+from .show import Line, Log, summary
 from .sidecar import SIDECAR, read_export
+from .timing import Times
 from .trackers import Trackers, tracking
 from .trainer import Trainer
 
@@ -84,6 +86,7 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     if start is not None and start == checkpoint.latest(run.checkpoints) and run.finished(recipe):
         line.say(f"{run.folder} is finished ({run.step} steps). Its export: {run.export}")
         return run
+    times = Times(distributed.device())
     distillation = assemble(recipe)
     serving(distillation)  # what no stock pipeline can sample is refused before any work
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -93,18 +96,22 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
     if "pairs" in recipe.strategy.needs and recipe.pairs.folder is None:
         make_pairs(distillation, pairs, line)
     cache = Path(recipe.data.cache or run.folder.parent / "cache")
-    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line, pairs, cache))
+    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line, pairs, cache), times)
     if start is not None:
         trainer.load(start)
         line.say(f"going on from {start} at step {trainer.at}")
     samples = Samples(distillation, run.folder / "samples", line)
-    with tracking(recipe, run.folder, trainer.at, line) as trackers:
+    account = Account(run.folder, times, trainer.at, recipe.train.steps, recipe.train.batch)
+    times.lap("preparing")
+    with accounted(account, line), tracking(recipe, run.folder, trainer.at, line) as trackers:
         with placed(idle(distillation), devices.IDLE):
-            loop(run, trainer, samples, trackers, line)
+            loop(run, trainer, samples, trackers, account, line)
 
-        line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
+        with times("saving"):
+            line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
         if recipe.eval.n:
-            trackers.figures(evaluate(distillation, run.folder / "eval", line), trainer.at)
+            with times("evaluation"):
+                trackers.figures(evaluate(distillation, run.folder / "eval", line), trainer.at)
             write_card(run.export, run.folder)
     if distributed.rank() == 0:
         line.say(f"report: {report.write([run.folder])}")
@@ -117,13 +124,14 @@ def idle(distillation: Distillation) -> list[nn.Module]:
     return family.encoders + ([] if distillation.strategy.decodes else [family.pipe.vae])
 
 
-def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, line: Line) -> None:
+def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, account: Account, line: Line) -> None:
     """Step until train.steps, with the log, sample grids and checkpoints on the way."""
     recipe = trainer.recipe
     main = distributed.rank() == 0
     log, began, first = Log(run.folder, trainer.at), time.monotonic(), trainer.at
     if recipe.eval.every and trainer.at == 0 and main:
-        trackers.grid(samples(0), 0)
+        with trainer.times("evaluation"):
+            trackers.grid(samples(0), 0)
     with stopping() as stop:
         while trainer.at < recipe.train.steps:
             stage = trainer.stage
@@ -138,20 +146,22 @@ def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, line:
             note = {"skipped": "{1} of player {0}".format(*trainer.skipped)} if trainer.skipped else {}
             if note:
                 line.say(f"step {trainer.at} is skipped: {note['skipped']} is not finite")
-            log(trainer.at, seconds, values | note)
+            log(trainer.at, seconds, values, note | account.told(trainer.at))
             trackers.log(values, trainer.at)
             left = seconds / (trainer.at - first) * (recipe.train.steps - trainer.at)
             line(summary(trainer.at, recipe.train.steps, left, values), final=trainer.at == recipe.train.steps)
             done = trainer.at == recipe.train.steps
             if done or stop or trainer.at % recipe.train.save_every == 0:
-                path = trainer.save(run.checkpoints)
+                with trainer.times("saving"):
+                    path = trainer.save(run.checkpoints)
+                account.write()
             if stop and not done:
                 line.say(f"stopped at step {trainer.at}; saved {path}. The same command goes on from there.")
                 raise KeyboardInterrupt
             if recipe.eval.every and main and (done or trainer.at % recipe.eval.every == 0):
-                trackers.grid(samples(trainer.at), trainer.at)
+                with trainer.times("evaluation"):
+                    trackers.grid(samples(trainer.at), trainer.at)
     log.close()
-    line.say(f"trained {trainer.at - first} steps in {clock(time.monotonic() - began)}")
 
 
 def find_start(run: Run, recipe: Recipe, resume: str, line: Line) -> Path | None:

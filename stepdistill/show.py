@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def clock(seconds: float) -> str:
@@ -64,8 +64,9 @@ class Log:
         path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a")
 
-    def __call__(self, step: int, seconds: float, values: Mapping[str, float | str]) -> None:
-        self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values}) + "\n")
+    def __call__(self, step: int, seconds: float, values: dict[str, float], rest: Mapping[str, Any] | None = None) -> None:
+        """values: of players, as who/what. rest: what else is to be known of this step."""
+        self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values, **(rest or {})}) + "\n")
         self.file.flush()
 
     def close(self) -> None:

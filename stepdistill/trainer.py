@@ -17,13 +17,15 @@ from .data import Batches
 from .errors import Diverged
 from .optimizers import build_optimizer, load_moments, moments
 from .roles import enable_checkpointing, worn
+from .timing import Times
 
 
 class Trainer:
     """One distillation in training: its optimizers, the stage it is in, and the next step `at`."""
 
-    def __init__(self, distillation: Distillation, data: Batches):
+    def __init__(self, distillation: Distillation, data: Batches, times: Times | None = None):
         self.distillation, self.data = distillation, data
+        self.times = times or Times(distributed.device())
         self.recipe, self.roles, self.strategy = distillation.recipe, distillation.roles, distillation.strategy
         self.at, self.stage, self.opened, self.end = 0, None, 0, 0  # steps, and the stage from opened to before end
         self.skips = 0  # iterations that were left out in a row, up to this one
@@ -88,12 +90,14 @@ class Trainer:
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for part in range(train.accumulate):
-            batch, index = self.data(self.at, part)
+            with self.times("data"):
+                batch, index = self.data(self.at, part)
             draw = Draw(train.seed, self.at, index, self.data.device)
             for who, loss, terms in self.strategy.losses(self.roles, batch, draw):
                 self.between_yields()
                 distributed.backward(loss / train.accumulate, self.params[who])
                 losses[who] = losses.get(who, 0.0) + loss.detach() / train.accumulate
+                self.times.lap(who)
                 for name, value in terms.items():
                     key = f"{who}/{name}"
                     logs[key] = logs.get(key, 0.0) + value.detach() / train.accumulate
@@ -106,6 +110,7 @@ class Trainer:
             group["lr"] = self.rate(who)
         self.optimizers[who].step()
         self.optimizers[who].zero_grad(set_to_none=True)
+        self.times.lap(who)
 
     def not_finite(self, losses: dict[str, float], norms: dict[str, float]) -> tuple[str, str] | None:
         """Player and tensor of the first loss or gradient that is not finite, the same on all processes; None: all are."""

@@ -101,7 +101,7 @@ def read_log(path: Path) -> tuple[dict[str, Curve], float]:
         total += seconds - last if seconds >= last else seconds  # the clock of a resumed run begins again
         last = seconds
         for name, value in values.items():
-            if isinstance(value, str):  # of an iteration that was skipped: why
+            if "/" not in name:  # where the time went, why an iteration was skipped, and other things that are no curve
                 continue
             steps, points = curves.setdefault(name, ([], []))
             steps.append(step), points.append(value)
