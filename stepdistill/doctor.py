@@ -5,82 +5,107 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import os
-import platform
-import shutil
+import re
 import sys
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
+from . import surroundings as around
 from .sources import TINY, embedded_models
+from .surroundings import Finding, first_line
 
-NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchmetrics", "PyYAML", "pillow")
-OPTIONAL = {  # package: what it is for, how to get it
-    "tensorboard": "curves in a browser: pip install 'stepdistill[track]'",
-    "wandb": "curves at Weights & Biases: pip install 'stepdistill[track]'",
-    "pyarrow": "Parquet and Arrow files: pip install 'stepdistill[data]'",
-    "open_clip_torch": "CLIP scores: pip install 'stepdistill[eval]'",
-    "triton": "fused kernels on a GPU: pip install 'stepdistill[kernels]'",
+PURPOSES = {  # optional packages, whatever the extras that bring them
+    "tensorboard": "curves in a browser",
+    "wandb": "curves at Weights & Biases",
+    "pyarrow": "Parquet and Arrow files",
+    "open_clip_torch": "CLIP scores, HPSv2",
+    "torch-fidelity": "features of Inception",
+    "lpips": "perceptual losses and distances",
+    "image-reward": "the figure ImageReward",
+    "torchao": "a base in 8 bits",
+    "bitsandbytes": "a base in 4 bits, an optimizer in 8",
+    "xformers": "other kernels of attention",
+    "triton": "fused kernels on a GPU",
 }
-
-
-class Finding(NamedTuple):
-    level: Literal["ok", "note", "fault"]  # a note is about something optional; a fault keeps runs from working
-    subject: str
-    said: str
+FOR_DEVELOPERS = ("test", "notebooks")  # extras that nobody misses
 
 
 def examine() -> int:
-    """Print what was found, faults with their remedies; 1 if there is a fault, else 0."""
+    """Print what was found, then faults again with their remedies; 1 if there is a fault, else 0."""
     findings = []
-    for finding in (*packages(), *machine(), *torchvision(), *pipelines(), *teachers()):
-        print(f"{finding.level:<6}{finding.subject:<22}{finding.said}", flush=True)
+    for finding in look():
+        print(written(finding), flush=True)
         findings.append(finding)
-    faults = sum(finding.level == "fault" for finding in findings)
-    print(f"{faults} to mend" if faults else "all in order: stepdistill train quickstart")
-    return 1 if faults else 0
+    faults = [finding for finding in findings if finding.level == "fault"]
+    if not faults:
+        print("all in order: stepdistill train quickstart")
+        return 0
+    print(f"\n{len(faults)} to mend:")
+    print("\n".join(written(finding) for finding in faults))
+    return 1
 
 
-def packages() -> Iterator[Finding]:
-    """Python and the packages, with their versions."""
-    level = "ok" if sys.version_info >= (3, 11) else "fault"
-    yield Finding(level, "python", f"{platform.python_version()} (3.11 or newer is needed)")
-    for name in NEEDED:
+def look() -> Iterator[Finding]:
+    """Everything, what others rest on first."""
+    checks = (
+        *(packages, around.device, around.numbers, around.compiler, around.kernels, around.processes, around.memory),
+        *(around.disks, around.shared_memory, around.open_files, around.runs_folder, around.clock, around.hub),
+        *(torchvision, pipelines, teachers),
+    )
+    for check in checks:
         try:
-            yield Finding("ok", name, version(name))
-        except PackageNotFoundError:
-            yield Finding("fault", name, f"missing; pip install {name}")
-    for name, purpose in OPTIONAL.items():
-        try:
-            yield Finding("ok", name, version(name))
-        except PackageNotFoundError:
-            yield Finding("note", name, f"not installed, optional; {purpose}")
+            found = check()
+            yield from [found] if isinstance(found, Finding) else found
+        except Exception as error:  # of an installation that is broken in a way that nobody thought of
+            name = check.__name__.replace("_", " ")
+            yield Finding("fault", name, f"cannot be looked at ({first_line(error)}); install stepdistill again")
 
 
-def machine() -> Iterator[Finding]:
-    """Device, cores, memory, disk."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def written(finding: Finding) -> str:
+    """A line."""
+    return f"{finding.level:<6}{finding.subject:<22}{finding.said}"
+
+
+def packages(
+    asked: Sequence[str] | None = None, version: Callable[[str], str] = version, python: tuple[int, ...] = sys.version_info[:3]
+) -> Iterator[Finding]:
+    """Python and the packages, with their versions. asked: requirements; None: those of the installed stepdistill."""
+    from packaging.requirements import Requirement
+
+    number = ".".join(map(str, python))
+    yield Finding("ok" if python >= (3, 11) else "fault", "python", f"{number} (3.11 or newer is needed)")
     try:
-        torch = importlib.import_module("torch")
-    except (ImportError, OSError) as error:
-        yield Finding("fault", "torch", f"does not import ({first_line(error)}); install it again, see https://pytorch.org")
-    else:
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            what = f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-            yield Finding("ok", "device", f"{what}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
+        asked = requires("stepdistill") or () if asked is None else asked
+    except PackageNotFoundError:
+        yield Finding("fault", "stepdistill", "is not installed, only found: pip install stepdistill, or pip install -e .")
+        return
+    told = set()
+    for wanted in map(Requirement, asked):
+        (extra,) = re.findall(r"extra == ['\"]([^'\"]+)", str(wanted.marker)) or [""]
+        here = wanted.marker is None or wanted.marker.evaluate({"extra": extra})  # triton is for Linux alone
+        if not here or extra in FOR_DEVELOPERS or wanted.name in told:
+            continue
+        told.add(wanted.name)
+        if extra:
+            purpose = PURPOSES.get(wanted.name, extra)
+            yield package(wanted, version, f"pip install 'stepdistill[{extra}]'", purpose)
         else:
-            yield Finding("ok", "device", "CPU (the embedded teachers were made for it; large models want a GPU)")
-        yield Finding("ok", "cores", f"{cores}; torch uses {torch.get_num_threads()}")
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        page = os.sysconf("SC_PAGE_SIZE") / 2**30
-        free, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
-        yield Finding("ok", "memory", f"{total:.1f} GiB, {free:.1f} unused")
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    level = "ok" if free > 2 else "note"
-    yield Finding(level, "disk", f"{free:.1f} GiB free here" + ("" if free > 2 else "; runs may not fit: make room"))
+            yield package(wanted, version, f"pip install '{wanted.name}{wanted.specifier}'", "")
+
+
+def package(wanted: Any, version: Callable[[str], str], remedy: str, purpose: str) -> Finding:
+    """Of one package. wanted: its requirement. purpose: what an optional one is for."""
+    try:
+        found = version(wanted.name)
+    except PackageNotFoundError:
+        if purpose:
+            return Finding("note", wanted.name, f"not installed, optional; {purpose}: {remedy}")
+        return Finding("fault", wanted.name, f"missing; {remedy}")
+    if not wanted.specifier.contains(found, prereleases=True):
+        return Finding("note" if purpose else "fault", wanted.name, f"{found}, but {wanted.specifier} is needed; {remedy}")
+    return Finding("ok", wanted.name, found)
 
 
 def torchvision() -> Iterator[Finding]:
@@ -125,8 +150,3 @@ def damaged(folder: Path) -> Iterator[str]:
         file = folder / name.strip()
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             yield name.strip()
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line that it says."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

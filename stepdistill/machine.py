@@ -13,6 +13,8 @@ from .extras import require
 from .sections import Recipe
 from .trackers import check_trackers
 
+COMPILERS = ("c++", "g++", "clang++", "cl")  # of C++, for train.compile
+
 
 def check_machine(recipe: Recipe) -> None:
     """Raises UserError for a package, a key, a compiler or a type of numbers that this machine lacks."""
@@ -21,7 +23,7 @@ def check_machine(recipe: Recipe) -> None:
     if recipe.train.attention == "xformers":
         require("xformers", "train.attention xformers")
     check_trackers(recipe)
-    if recipe.train.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    if recipe.train.compile and not any(map(shutil.which, COMPILERS)):
         raise UserError("train.compile true needs a C++ compiler, and there is none; install g++, or set it to false")
     device = distributed.device()
     precision = "bfloat16" if recipe.train.precision == "bf16" else "float32"

@@ -1,6 +1,5 @@
 """The command line: what it prints, and its exit status."""
 
-import hashlib
 import importlib
 import inspect
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import stepdistill
-from stepdistill import cli, doctor, verbs
+from stepdistill import cli, verbs
 from stepdistill.cli import main
 from stepdistill.errors import Diverged, UserError
 from stepdistill.families import FAMILIES
@@ -294,23 +293,3 @@ def test_doctor(capsys):
     _, out, _ = run(capsys, "doctor")
     for word in ("python", "torch", "diffusers", "peft", "device", "cores", "memory", "disk", "pipelines"):
         assert f" {word} " in out
-
-
-def test_doctor_finds_damage(tmp_path):
-    (tmp_path / "good").write_text("good")
-    (tmp_path / "bad").write_text("bad")
-    sums = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("good", "bad", "gone")}
-    (tmp_path / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-    assert list(doctor.damaged(tmp_path)) == ["gone"]
-    (tmp_path / "bad").write_text("worse")
-    assert list(doctor.damaged(tmp_path)) == ["bad", "gone"]
-
-
-def test_doctor_names_a_broken_torchvision(monkeypatch, tmp_path):
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    [finding] = doctor.torchvision()
-    assert finding.level == "fault"
-    assert "torchvision::nms does not exist" in finding.said
-    assert "pip uninstall torchvision" in finding.said
