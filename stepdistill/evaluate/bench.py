@@ -23,11 +23,12 @@ from . import pictures
 from .candidates import Candidate
 from .measure import Sampler, Suite, collect, figures, make
 from .meters import Figures, fidelity
-from .provenance import digest
+from .provenance import digest, machine
 from .speed import speed
 from .walks import sampler
 
-Row = dict[str, Any]  # the fields of Candidate.about, figures, `speed`, and a key
+Row = dict[str, Any]  # the fields of Candidate.about, figures, `speed`, a key, and:
+APART, MACHINE = "apart_from", "machine"  # whom `fidelity` is to; of which machine ms and memory are
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,19 @@ class Bench:
 def row(bench: Bench, candidate: Candidate, teacher: Candidate, known: Mapping[str, Any] | None) -> Row:
     """One row, in the first process; an empty one in the others, which only help to make pictures.
 
-    teacher: whom its first pictures are compared with. known: its figures, if they need not be measured.
+    teacher: whom its first pictures are compared with. known: its figures, if they need not be measured; but how far it is
+    from another teacher, and how quick on another machine, is.
     """
     if known is None:
         draw(bench, candidate)
     found: Row = {}
     if first():
-        known = known or figures_of(bench, candidate, teacher)
-        found = {**known, **candidate.about, **speed_of(bench, candidate), "key": bench.key(candidate)}
+        found = {**(known or figures_of(bench, candidate)), **candidate.about, "key": bench.key(candidate)}
+        if found.get(APART) != full_name(teacher):
+            found = {name: x for name, x in found.items() if not name.startswith("fidelity")} | apart(bench, candidate, teacher)
+        here = machine(bench.distillation.roles.teacher.net.device)
+        if found.get(MACHINE) != here:
+            found |= {**speed_of(bench, candidate), MACHINE: here}
     distributed.wait()
     return found
 
@@ -80,15 +86,26 @@ def draw(bench: Bench, candidate: Candidate) -> None:
     make(bench.sampler(candidate), bench.suite, bench.kept(candidate), progress)
 
 
-def figures_of(bench: Bench, candidate: Candidate, teacher: Candidate) -> Figures:
-    """Of what was kept; the first pictures become files, and are compared with the teacher's."""
+def figures_of(bench: Bench, candidate: Candidate) -> Figures:
+    """Of what was kept; the first pictures become files."""
     kept = collect(bench.suite, bench.kept(candidate))
-    found = figures(bench.suite, kept)
-    if "pictures" in kept.get("shown", {}):
-        shown, device = kept["shown"]["pictures"], bench.distillation.roles.teacher.net.device
-        show(bench, candidate, shown)
-        found |= fidelity(shown, first_pictures(bench, teacher, len(shown)), lpips=bench.suite.name != "tiny", device=device)
-    return found
+    if bench.suite.shown:
+        show(bench, candidate, kept["shown"]["pictures"])
+    return figures(bench.suite, kept)
+
+
+def apart(bench: Bench, candidate: Candidate, teacher: Candidate) -> Row:
+    """How far a candidate's first pictures are from the teacher's of the same noise, and which teacher that is."""
+    if not (n := bench.suite.shown):
+        return {}
+    own, other = (first_pictures(bench, one, n) for one in (candidate, teacher))
+    device = bench.distillation.roles.teacher.net.device
+    return {**fidelity(own, other, lpips=bench.suite.name != "tiny", device=device), APART: full_name(teacher)}
+
+
+def full_name(teacher: Candidate) -> str:
+    """The teacher's name with all that tells one from another of the same weights, whose hash is in a row's key."""
+    return f"{teacher.label}, {teacher.solver}"
 
 
 def first_pictures(bench: Bench, candidate: Candidate, n: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A student beside its teacher: measured on a bench, printed as a table, written to RUN/eval/<suite>.json.
 
-Rows of that file that compare are not measured again, nor are those of embedded teachers that ship with the package.
+Rows of that file that compare are not measured again, nor are those of embedded teachers that ship with the package; but
+nearness to the teacher is, where it was to another one, and speed, where it was another machine's.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def compare(
     teacher = nearest(bench, [candidate for candidate, _ in rivals], best)
     rows: list[Row] = []
     for candidate, more in (*rivals, *((one, {}) for one in students)):
-        done = written.get(bench.key(candidate))
-        rows.append(done or row(bench, candidate, teacher, known.get(tuple(candidate.about.values()))) | more)
+        done = written.get(bench.key(candidate)) or known.get(tuple(candidate.about.values()))
+        rows.append(row(bench, candidate, teacher, done) | more)
         if first():  # what was written before stays until all is measured
             mine = {one["key"] for one in rows}
             provenance.write(path, rows + [one for key, one in written.items() if key not in mine], about)
@@ -159,7 +160,7 @@ def written_before(path: Path, about: Mapping[str, Any], line: Line) -> list[Row
 
 
 def known_rows(ships: Mapping[str, Any] | None, about: Mapping[str, Any]) -> dict[tuple, Row]:
-    """Figures that ship, by the fields of ABOUT, if they compare with these; of another machine's speed nothing is told."""
+    """Figures that ship, by the fields of ABOUT, if they compare with these; of no machine, so speed is measured here."""
     if ships is None or provenance.differences(ships["provenance"], about):
         return {}
     return {tuple(row[name] for name in ABOUT): row for row in ships["rows"]}

@@ -56,8 +56,9 @@ class Suite:
         return merged(found, self.decides)
 
     @property
-    def shown(self) -> Shown | None:
-        return next((meter for meter in self.sets["plain"].meters if isinstance(meter, Shown)), None)
+    def shown(self) -> int:
+        """How many of the first pictures are kept as they are."""
+        return max((meter.count for meter in self.sets["plain"].meters if isinstance(meter, Shown)), default=0)
 
 
 def make(sample: Sampler, suite: Suite, folder: Path, progress: Progress = lambda done, of: None) -> None:

@@ -34,20 +34,24 @@ def digest(value: Any) -> str:
 def told(distillation: Distillation) -> dict[str, Any]:
     """What figures should not depend on, but for rounding: versions, machine, dtype, model."""
     device, model = distillation.roles.teacher.net.device, distillation.recipe.model
-    gpu = device.type == "cuda"
-    cpu = f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
-    memory = "most that was allocated on the GPU at once" if gpu else "most that the process has ever held"
+    memory = "most that was allocated on the GPU at once" if device.type == "cuda" else "most that the process has ever held"
     return {
         "stepdistill": __version__,
         **({"commit": commit} if (commit := checkout()) else {}),
         **{name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
-        "machine": torch.cuda.get_device_name(device) if gpu else cpu,
+        "machine": machine(device),
         "model": model.source,
         "revision": model.revision,
         "dtype": model.dtype,
         "ms": "one picture, warm, its prompt encoded beforehand, decoding included: median and quartiles",
         "memory": memory,
     }
+
+
+def machine(device: torch.device) -> str:
+    """Whose speed it is, in a few words."""
+    cpu = f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def checkout() -> str | None:

@@ -97,7 +97,7 @@ def embedded() -> Reference:
     """The drawings of the embedded world: moments of 10,000, features of the first 2,048."""
     made = tiny.reference()
     about = {"features": f"embedded judge {judge_key()[:8]}", "filter": "none", "resolution": "64x64", "n": tiny.DRAWINGS}
-    return Reference(made.features, made.moments, about | {"hash": judge_key(), "source": EMBEDDED_DATA})
+    return Reference(made.features, made.moments, about | {"hash": tiny.reference_key(), "source": EMBEDDED_DATA})
 
 
 def of_folder(

@@ -35,7 +35,7 @@ TINY = (
     Column("diverse", 9, number("diversity", ".2f"), "diverse: spread of the pictures of one caption; 1 is its drawings'."),
     Column("colour", 8, number("saturation_relative", ".2f"), "colour: saturation relative to the drawings'; 1 is theirs."),
     Column(
-        "apart", 7, number("fidelity", ".2f"), "apart: distance (RMS) from what the guided teacher draws of the same noise."
+        "apart", 7, number("fidelity", ".2f"), "apart: distance (RMS) from pictures of the same noise by the {apart}."
     ),
     Column("ms", 8, number("ms", ".1f"), "ms: of one picture on this machine, decoding included."),
 )
@@ -65,7 +65,8 @@ def render(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> 
     for row in sorted(rows, key=lambda row: (row["who"] == "student", -row["steps"], -row["guidance"])):
         cells = "".join(f"{column.cell(row) or '-':>{column.width}}" for column in columns)
         lines.append(f"{label(row):<28}{cells}  {row['solver']}".rstrip())
-    told = {"floor": provenance["told"].get("floor")}
+    apart = next((row["apart_from"] for row in rows if row.get("apart_from")), "teacher")
+    told = {"floor": provenance["told"].get("floor"), "apart": apart}
     lines += [rule, *(column.means.format(**told) for column in columns if column.means), *warnings(rows, tiny)]
     return "\n".join(lines)
 

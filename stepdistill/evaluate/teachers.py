@@ -26,7 +26,7 @@ from .rivals import best_known, nearest, usual
 from .shipped import NAME, key, shipped
 from .table import render
 
-HERE = ("ms", "ms_low", "ms_high", "memory_mib", "key")  # of a row: true on this machine alone
+HERE = ("ms", "ms_low", "ms_high", "memory_mib", "machine", "key")  # of a row: true on this machine alone
 
 
 def main() -> None:

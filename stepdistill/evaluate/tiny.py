@@ -7,6 +7,7 @@ The reference (10,000 drawings) ships in `stepdistill/tiny/reference.safetensors
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
 from typing import NamedTuple
 
@@ -70,6 +71,15 @@ def reference() -> Reference:
                 return Reference(against, least, *(saved[name].numpy() for name in ("variances", "colour", "features")))
     print(f"{REFERENCE} is not of this judge: measuring. To keep: python -m stepdistill.evaluate", file=sys.stderr)
     return measure_reference()
+
+
+@functools.cache
+def reference_key() -> str:
+    """Changes with the judge and with the drawings that pictures are compared with: sha256 of the judge's and of all values."""
+    made, seen = reference(), hashlib.sha256(judge_key().encode())
+    for x in (*made.moments, made.variances, made.colour, made.features):
+        seen.update(np.ascontiguousarray(x).data)
+    return seen.hexdigest()
 
 
 def save_reference(made: Reference) -> None:

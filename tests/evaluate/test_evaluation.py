@@ -19,7 +19,7 @@ from stepdistill.evaluate.pictures import save_prompts
 from stepdistill.evaluate.rivals import best_known
 from stepdistill.show import Line
 
-TOLD = ("ms", "ms_low", "ms_high", "memory_mib", "key")  # of a row, besides its figures
+TOLD = ("ms", "ms_low", "ms_high", "memory_mib", "machine", "key")  # of a row, besides its figures
 
 
 def suite(n=10):
@@ -69,6 +69,30 @@ def test_a_student_beside_its_teacher(tmp_path, quick, monkeypatch, capsys):
     again = compared(made, tmp_path / "other", batch=3)
     for before, after in zip(rows, again, strict=True):
         same(quality(before), quality(after))
+
+
+def test_nearness_to_another_teacher_and_another_machine_s_speed_are_measured_anew(tmp_path, quick, monkeypatch):
+    made, drawn = student(tmp_path), []
+    _, own = compared(made, tmp_path / "eval")
+    really = bench.draw
+    monkeypatch.setattr(bench, "draw", lambda place, one: drawn.append(one.label) or really(place, one))
+    teacher, again = compared(made, tmp_path / "eval", against=("teacher@3:unguided:ddim",))
+    assert drawn == ["teacher, 3 steps, unguided"]
+    assert [one["apart_from"] for one in (own, teacher, again)] == [
+        "teacher, 2 steps, guided 11, UniPC",
+        *2 * ["teacher, 3 steps, unguided, first order"],
+    ]
+    assert teacher["fidelity"] == 0 and again["fidelity"] != own["fidelity"]
+    fresh = compared(made, tmp_path / "other", against=("teacher@3:unguided:ddim",))[1]
+    assert again["fidelity"] == pytest.approx(fresh["fidelity"], abs=1e-6)
+    assert again["ms"] == own["ms"] and again["saturation"] == own["saturation"]
+
+    path, drawn[:] = tmp_path / "eval/small.json", []
+    result = provenance.read(path)
+    slow = [row | {"ms": -1.0, "machine": "another"} for row in result["rows"]]
+    provenance.write(path, slow, result["provenance"])
+    rows = compared(made, tmp_path / "eval", against=("teacher@3:unguided:ddim",))
+    assert drawn == [] and all(row["ms"] > 0 and row["machine"] == own["machine"] for row in rows)
 
 
 def test_other_weights_and_other_protocols_are_measured_anew(tmp_path, quick):

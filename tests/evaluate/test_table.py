@@ -20,6 +20,8 @@ def test_a_row_of_the_embedded_world():
 def test_lines_fit():
     figures = dict.fromkeys(("recall", "alignment", "diversity", "saturation_relative", "fidelity"), 0.987654)
     row = TEACHER | figures | {"steps": 25, "nfe": 50, "fd": 111.111, "fd_low": 100.01, "fd_high": 122.2, "ms": 12345.6}
+    row["apart_from"] = "teacher, 25 steps, guided 7.5, DPM-Solver++"
+    assert "pictures of the same noise by the teacher, 25 steps, guided 7.5, DPM-Solver++." in render([row], TINY)
     assert max(map(len, render([row], TINY).splitlines())) <= 120
 
 
