@@ -44,7 +44,7 @@ def measure(distillation: Distillation, first: int, scale: float, n: int, line: 
     with tempfile.TemporaryDirectory() as kept:
         make(pictures, suite, Path(kept), lambda done, of: line.report(label, done, of))
         found = figures(suite, collect(suite, Path(kept)))
-    nfe = sum(1 if hop.scale == 1 else 2 for hop in how.hops)
+    nfe = how.nfe
     about = {"steps": len(how.hops), "first": first, "guidance": scale if first else None, "nfe": nfe}
     return about | {key: found[key] for key in KEPT}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from stepdistill.evaluate.colour import COLOURS, colour
 from stepdistill.evaluate.frechet import frechet_interval
 from stepdistill.evaluate.meters import distances
+from stepdistill.evaluate.provenance import checkout
 from stepdistill.evaluate.readings import alignment
 from stepdistill.evaluate.references import embedded
 from stepdistill.evaluate.tiny import prompts, reference
@@ -78,8 +78,7 @@ def main() -> None:
         fds = [frechet_interval(look(judge, draw(prompts(n), SEED + 1 + k).images)[0], against.moments)[0] for k in range(SETS)]
         floors.append({"n": n, "fd": float(np.mean(fds)), "least": min(fds), "most": max(fds)})
         print("floor", floors[-1])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
-    made = {"rows": rows, "floors": floors, "commit": commit.stdout.strip()}
+    made = {"rows": rows, "floors": floors, "commit": checkout()}
     made["machine"] = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     RESULTS.write_text(json.dumps(made, indent=1) + "\n")
     plot(rows).savefig(PLOT, dpi=100)

@@ -34,6 +34,11 @@ class Inference:
     eta: float | None = None  # TCD's gamma in [0, 1], see `step`; None: as renoise says, and clean in the end
 
     @property
+    def nfe(self) -> int:
+        """Network evaluations of a picture; guidance makes two of a hop."""
+        return sum(1 if hop.scale == 1 else 2 for hop in self.hops)
+
+    @property
     def draws(self) -> bool:
         """Whether there is new noise after each hop."""
         return self.renoise if self.eta is None else self.eta > 0

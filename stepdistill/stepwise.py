@@ -88,7 +88,7 @@ class Paths:
         chosen = [round((k + 1) * n / columns) - 1 for k in range(columns)]
         pictures = [to_pixels(image)[0] for image in self.images([made[k] for k in chosen])]
         captions = [self.caption(how.hops[k], k + 1, n) for k in chosen]
-        cost = sum(1 if hop.scale == 1 else 2 for hop in how.hops)
+        cost = how.nfe
         guided = {hop.scale for hop in how.hops} - {1}
         about = f"{who}\n{plural(n)}" + f", guided {max(guided, default=1):g}" * bool(guided)
         return Row(f"{about}\n{cost} evaluation{'s' * (cost > 1)}", list(zip(captions, pictures, strict=True)))

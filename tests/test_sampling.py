@@ -18,6 +18,11 @@ def hops(schedule, n):
     return trailing(schedule.grid(n))
 
 
+def test_guidance_makes_two_evaluations_of_a_hop():
+    assert Inference((Hop(1.0, scale=3.0), Hop(0.5), Hop(0.25, scale=0.0))).nfe == 5
+    assert Inference(()).nfe == 0
+
+
 @EVERY
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_exact_student_samples_the_data(schedule, kind, steps):

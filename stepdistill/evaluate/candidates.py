@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..assemble import Distillation
 from ..errors import UserError
+from ..lora_sources import find_lora, identities
 from ..sources import embedded_models, identity
 from .grid import plural, teacher_scale
 from .provenance import digest
 from .shipped import key
 from .walks import Walk, student_walk, teacher_walk
 
-WORDS = {"ddim": "first order", "euler": "first order", "dpm": "DPM-Solver++", "unipc": "UniPC"}  # of --against
+SOLVER_WORDS = {"ddim": "first order", "euler": "first order", "dpm": "DPM-Solver++", "unipc": "UniPC"}  # of --against
 USUAL = "UniPC"  # the solver that is best for most teachers at most numbers of steps
 
 
@@ -62,10 +63,9 @@ def student(distillation: Distillation, steps: int | None = None) -> Candidate:
         UserError: it cannot be sampled in that many steps.
     """
     how, roles = distillation.inference(steps), distillation.students()
-    nfe = sum(1 if hop.scale == 1 else 2 for hop in how.hops)
     drawn = {name: p for hop in how.hops for name, p in _named(hop.role, roles[hop.role].named_parameters())}
     weights = digest([source(distillation), fingerprint(drawn.items()), repr(how)])
-    return Candidate("student", len(how.hops), nfe, 1.0, "", weights, student_walk(distillation, how))
+    return Candidate("student", len(how.hops), how.nfe, 1.0, "", weights, student_walk(distillation, how))
 
 
 def teacher(distillation: Distillation, steps: int, guidance: float, solver: str = USUAL) -> Candidate:
@@ -88,8 +88,8 @@ def read_against(distillation: Distillation, word: str, best: Mapping[tuple[int,
     scale, solver = teacher_scale(distillation), None
     fine = head == "teacher" and steps.isdecimal() and 1 <= int(steps) <= 1000
     for option in options:
-        if option in WORDS:
-            solver = WORDS[option]
+        if option in SOLVER_WORDS:
+            solver = SOLVER_WORDS[option]
         elif option == "unguided":
             scale = 1.0
         elif option.replace(".", "", 1).isdecimal():
@@ -99,7 +99,7 @@ def read_against(distillation: Distillation, word: str, best: Mapping[tuple[int,
     if not fine:
         raise UserError(
             f"--against {word} names no teacher; write teacher@STEPS, and if wanted :unguided or :SCALE, and a solver of "
-            f"{', '.join(f':{name}' for name in WORDS)}, as in teacher@25 or teacher@4:unguided:dpm"
+            f"{', '.join(f':{name}' for name in SOLVER_WORDS)}, as in teacher@25 or teacher@4:unguided:dpm"
         )
     if scale != 1 and distillation.family.guidance_distilled:
         raise UserError(f"--against {word}: this teacher's guidance is distilled, so it takes no scale; write teacher@{steps}")
@@ -107,17 +107,23 @@ def read_against(distillation: Distillation, word: str, best: Mapping[tuple[int,
 
 
 def source(distillation: Distillation) -> dict[str, Any]:
-    """What the teacher is, so that another one is told from it: of a folder, the sizes and times of its files."""
+    """What the teacher is, so that another one is told from it: of folders and files, their sizes and times."""
     model = distillation.recipe.model
     known = embedded_models().get(model.source)
     about = {"source": identity(model.source), "revision": model.revision, "variant": model.variant, "dtype": model.dtype}
-    about |= {"quantize": model.quantize, "loras": list(model.loras), "precision": distillation.recipe.train.precision}
+    about |= {"quantize": model.quantize, "loras": identities(model.loras), "precision": distillation.recipe.train.precision}
     if known:
         about["files"] = key(known)
     elif (folder := Path(model.source)).is_dir():
-        files = sorted(folder.rglob("*.safetensors"))
-        about["files"] = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        about["files"] = [(str(file.relative_to(folder)), *stamp(file)) for file in sorted(folder.rglob("*.safetensors"))]
+    about["lora_files"] = [stamp(path) for lora in map(find_lora, model.loras) if (path := lora.path)]
     return about
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """Size and time of a file: they change when it does."""
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

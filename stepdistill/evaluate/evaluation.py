@@ -23,11 +23,12 @@ from .bench import Bench, Row, clear, first, row
 from .candidates import student
 from .measure import Suite
 from .presets import OWN, PRESETS, find_preset, suite, tiny_suite
-from .rivals import asked_for, best_known, nearest, usual
+from .rivals import asked_for, best_known, nearest, of_the_world
 from .shipped import shipped
 from .table import render
 
 ABOUT = ("who", "steps", "nfe", "guidance", "solver")  # what tells rows of one file apart
+AGAINST = ("teacher@25",)  # guided
 
 
 def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
@@ -108,8 +109,8 @@ def compare(
 ) -> list[Row]:
     """Student and teachers through a suite; the rows, in the first process.
 
-    steps: numbers of steps of the student; none: those of its recipe. against: see `asked_for`; none: `usual`, where the
-    suite is of the embedded world.
+    steps: numbers of steps of the student; none: those of its recipe. against: see `asked_for`; none: AGAINST, or of the
+    embedded world all of `of_the_world`.
     """
     bench = Bench(distillation, suite, folder, line, batch or distillation.recipe.eval.batch, Texts(distillation.family))
     students = [student(distillation, n) for n in sorted(set(steps or distillation.counts), reverse=True)]
@@ -122,7 +123,8 @@ def compare(
     best = best_known([*(ships["rows"] if ships else ()), *written.values()])
     known = known_rows(ships, about)
 
-    rivals = list(usual(bench, best) if is_tiny and not against else asked_for(bench, against, best))
+    is_whole = is_tiny and not against
+    rivals = list(of_the_world(bench, best) if is_whole else asked_for(bench, against or AGAINST, best))
     teacher = nearest(bench, [candidate for candidate, _ in rivals], best)
     rows: list[Row] = []
     for candidate, more in (*rivals, *((one, {}) for one in students)):

@@ -32,6 +32,7 @@ class Features(Protocol):
     name: str  # the network and its weights; goes into provenance
     dim: int
     filter: str  # how pictures are resized for it; goes into provenance
+    least: int  # pixels that the shorter edge of a picture must have
 
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, 3], or N pictures [H, W, 3] of any sizes -> float32 [N, dim]."""
@@ -48,6 +49,7 @@ class Network:
     prepare: Callable[[np.ndarray], np.ndarray]  # uint8 [H, W, 3] -> [S, S, 3]
     read: Callable[[Tensor], Tensor]  # float32 [N, 3, S, S] in [0, 255], on the device -> [N, dim]
     device: torch.device
+    least: int = 1
 
     def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         rows = [np.empty((0, self.dim), np.float32)]
@@ -77,6 +79,10 @@ class Fitted:
         return self.of.dim
 
     @property
+    def least(self) -> int:
+        return 1
+
+    @property
     def filter(self) -> str:
         return f"middle square, Lanczos to {self.size}; {self.of.filter}"
 
@@ -101,7 +107,7 @@ def inception_patch(device: torch.device) -> Features:
         UserError: as `inception`; when called, a picture is smaller than 299 pixels.
     """
     name, net = inception_net(device)
-    return Network(name, 2048, f"none, middle {resize.PATCH} pixels", patch, net, device)
+    return Network(name, 2048, f"none, middle {resize.PATCH} pixels", patch, net, device, resize.PATCH)
 
 
 def patch(picture: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .. import distributed, perceptual
+from .. import perceptual
 from ..data.prompts import read_prompts
 from ..errors import UserError
 from ..show import Line
@@ -39,7 +39,7 @@ SCORES = {  # word: the figure, and what scores; these need no reference
     "clip-score-dmd2": ("clip", CLIPS["dmd2"]),
     **{word: (word.replace("-", "_"), make) for word, make in REWARDS.items()},
 }
-WORDS = (*DISTANCES, *SCORES)  # of --features
+FEATURE_WORDS = (*DISTANCES, *SCORES)  # of --features
 EACH, SHOWN = 16, 32  # pictures of one prompt; pictures that people see beside the teacher's
 
 
@@ -48,7 +48,7 @@ class Preset:
     """A protocol: how many pictures, how large, in which features."""
 
     n: int | None  # None: as many as there are prompts
-    features: tuple[str, ...]  # of WORDS
+    features: tuple[str, ...]  # of FEATURE_WORDS
     side: int | None = None  # of the pictures that must be drawn, in pixels; None: whatever the run draws
     square: int | None = None  # side to which pictures and photographs are brought before distances are taken; None: as drawn
     source: str = ""  # where prompts and photographs come from
@@ -122,8 +122,10 @@ def suite(
         UserError: prompts or reference are not given, are too few, or do not fit.
     """
     label = f"preset {name}" if preset.source else "the evaluation"
-    if unknown := next((word for word in preset.features if word not in WORDS), None):
-        raise UserError(f"--features {unknown} is none{suggestion(unknown, WORDS) or '; there are ' + ', '.join(WORDS)}")
+    if unknown := next((word for word in preset.features if word not in FEATURE_WORDS), None):
+        raise UserError(
+            f"--features {unknown} is none{suggestion(unknown, FEATURE_WORDS) or '; there are ' + ', '.join(FEATURE_WORDS)}"
+        )
     if prompts is None or (preset.source and reference is None):
         where = f": {preset.source}" if preset.source else " of prompts, one a line, and --reference FOLDER for distances"
         raise UserError(f"{label} needs --prompts FILE{' and --reference FOLDER' * bool(preset.source)}{where}")
@@ -156,11 +158,16 @@ def suite(
             )
         whole = preset.square and word != "inception-patch"  # which looks at pictures and photographs as they are
         networks[word] = Fitted(made, preset.square) if whole else made
+    least = max((network.least for network in networks.values()), default=1)
+    if min(size) < least:
+        raise UserError(
+            f"this run draws {size[1]}x{size[0]} pixels, and patch FID compares {least}x{least}; leave out the features "
+            "inception-patch"
+        )
     meters: list[Meter] = []
     same = None if preset.square else size  # else pictures of any size are brought to one
     for word, network in networks.items():
-        with distributed.in_turn():
-            found = references.reference(reference, network, same, cache, line)
+        found = references.reference(reference, network, same, cache, line, least=least)
         meters.append(DISTANCES[word](network, found))
     for figure, score in (SCORES[word] for word in preset.features if word in SCORES):
         meters.append(Scores(figure, score(device)))

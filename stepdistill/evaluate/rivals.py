@@ -24,13 +24,13 @@ def best_known(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, float], str
 
 
 def asked_for(bench: Bench, words: Sequence[str], best: Best) -> Iterator[tuple[Candidate, dict[str, Any]]]:
-    """The teachers of words like teacher@25 (`none` is nobody), or the usual one: 25 steps, guided. With no more to tell."""
-    for word in words or ("teacher@25",):
+    """The teachers of words like teacher@25 (`none` is nobody), with no more to tell."""
+    for word in words:
         if word != "none":
             yield read_against(bench.distillation, word, best), {}
 
 
-def usual(bench: Bench, best: Best) -> Iterator[tuple[Candidate, dict[str, Any]]]:
+def of_the_world(bench: Bench, best: Best) -> Iterator[tuple[Candidate, dict[str, Any]]]:
     """Of the embedded world: 25, 4, 2 and 1 steps, guided and not, each with its best solver.
 
     Where that is not known, it is found with a quarter of the pictures; `tried` holds their FD, by solver.

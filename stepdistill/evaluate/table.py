@@ -34,9 +34,7 @@ TINY = (
     Column("aligned", 9, number("alignment", ".1%"), "aligned: share of what captions state that a judge finds there."),
     Column("diverse", 9, number("diversity", ".2f"), "diverse: spread of the pictures of one caption; 1 is its drawings'."),
     Column("colour", 8, number("saturation_relative", ".2f"), "colour: saturation relative to the drawings'; 1 is theirs."),
-    Column(
-        "apart", 7, number("fidelity", ".2f"), "apart: distance (RMS) from pictures of the same noise by the {apart}."
-    ),
+    Column("apart", 7, number("fidelity", ".2f"), "apart: distance (RMS) from pictures of the same noise by the {apart}."),
     Column("ms", 8, number("ms", ".1f"), "ms: of one picture on this machine, decoding included."),
 )
 OWN = (

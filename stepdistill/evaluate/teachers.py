@@ -22,7 +22,7 @@ from ..sources import embedded_models
 from . import provenance, tiny
 from .bench import Bench, row
 from .presets import tiny_suite
-from .rivals import best_known, nearest, usual
+from .rivals import best_known, nearest, of_the_world
 from .shipped import NAME, key, shipped
 from .table import render
 
@@ -46,7 +46,7 @@ def main() -> None:
     tried = {(row["steps"], row["guidance"]): row["tried"] for row in before}
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(teacher, suite, options.work or Path(scratch), line, 64, Texts(teacher.family))
-        rivals = list(usual(bench, best_known(before)))
+        rivals = list(of_the_world(bench, best_known(before)))
         model = nearest(bench, [candidate for candidate, _ in rivals], {})
         rows = []
         for candidate, more in rivals:

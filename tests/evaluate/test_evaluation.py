@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from students import student
 from stepdistill import checkpoint
 from stepdistill.errors import UserError
 from stepdistill.evaluate import bench, evaluation, provenance
-from stepdistill.evaluate.candidates import read_against
+from stepdistill.evaluate.candidates import read_against, source
 from stepdistill.evaluate.measure import VARIED, Asked, Suite
 from stepdistill.evaluate.meters import Colour, Shown, Variety
 from stepdistill.evaluate.pictures import save_prompts
 from stepdistill.evaluate.rivals import best_known
+from stepdistill.sections import Model
 from stepdistill.show import Line
 
 TOLD = ("ms", "ms_low", "ms_high", "memory_mib", "machine", "key")  # of a row, besides its figures
@@ -105,6 +107,17 @@ def test_other_weights_and_other_protocols_are_measured_anew(tmp_path, quick):
     assert new[0]["saturation"] != old[0]["saturation"]
     compared(made, tmp_path / "eval", n=11, against=("none",))
     assert sorted(file.name for file in (tmp_path / "eval").glob("small*")) == ["small.json", "small.json.old-1"]
+
+
+def test_another_lora_of_the_same_name_is_another_teacher(tmp_path):
+    file = tmp_path / "style.safetensors"
+    file.write_bytes(b"one")
+    model = Model("org/name", loras=(str(file),))
+    of = SimpleNamespace(recipe=SimpleNamespace(model=model, train=SimpleNamespace(precision="no")))
+    before = source(of)
+    assert source(of) == before
+    file.write_bytes(b"other")
+    assert source(of) != before
 
 
 def test_words_for_teachers(tmp_path):

@@ -106,6 +106,28 @@ def test_two_of_one_figure_are_refused(tmp_path, prompts, pair):
         made(tmp_path, Preset(None, pair), prompts, "photos")
 
 
+def patches(device, least=299):
+    """Features that see a patch of pictures; of no weights."""
+    see = lambda pictures: np.stack([one.mean((0, 1)) for one in pictures]).astype(np.float32)  # noqa: E731
+    return type("Patch", (), {"name": "patch", "dim": 3, "filter": "none", "least": least, "__call__": lambda _, x: see(x)})()
+
+
+def test_sizes_are_looked_at_before_any_feature_is_computed(tmp_path, prompts, monkeypatch):
+    monkeypatch.setitem(presets.FEATURES, "inception-patch", patches)
+    wanted = Preset(None, ("judge", "inception-patch"), square=64)
+    with pytest.raises(UserError, match="this run draws 64x64 pixels, and patch FID compares 299x299"):
+        made(tmp_path, wanted, prompts, str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    for k, size in enumerate(((640, 299), (298, 640), (299, 299))):
+        Image.new("RGB", size).save(tmp_path / "photos" / f"{k}.png")
+    with pytest.raises(UserError, match=r"of the 3 pictures .* 1 \(1.png 298x640\) have an edge below the 299 pixels"):
+        made(tmp_path, wanted, prompts, str(tmp_path / "photos"), size=(512, 512))
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "photos" / "1.png").unlink()
+    of = made(tmp_path, wanted, prompts, str(tmp_path / "photos"), size=(512, 512))
+    assert [meter.name for meter in of.sets["plain"].meters][:2] == ["features", "patch_features"]
+
+
 @pytest.mark.parametrize("word", ["clip", "inception-patch"])
 def test_moments_of_others_serve_no_other_network(tmp_path, prompts, word):
     with pytest.raises(UserError, match=f"--features {word}: them.npz holds moments of inception features"):

@@ -5,6 +5,7 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import processes
 import pytest
 import torch
 from clips import pictures
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from stepdistill.errors import UserError
-from stepdistill.evaluate import references
+from stepdistill.evaluate import references, rows
 from stepdistill.evaluate.features import Fitted
 from stepdistill.evaluate.frechet import moments
 from stepdistill.evaluate.references import load_reference, reference, save_reference
@@ -22,7 +23,7 @@ from stepdistill.show import Line
 class Colours:
     """Features that are known: the mean colour of a picture. Counts the pictures that it has seen."""
 
-    name, dim, filter = "mean colour", 3, "none"
+    name, dim, filter, least = "mean colour", 3, "none", 1
 
     def __init__(self):
         self.seen = 0
@@ -92,12 +93,50 @@ def test_what_changes_its_name_in_the_cache(world, tmp_path):
 
 def test_pictures_of_other_sizes(world):
     Image.fromarray(pictures(1, 25, 30)[0]).save(world.folder / "3.png")
-    with pytest.raises(UserError, match=r"3\.png has 30x25 pixels, but the reference must have 30x20"):
+    with pytest.raises(UserError, match=r"of the 9 pictures of .*pictures 1 \(3\.png 30x25\) do not have the 30x20"):
         world.ask()
     assert world.features.seen == 0  # refused before any work
     assert world.ask(None).about["resolution"] == "mixed"
     world.features = Fitted(world.features, 16)
     assert world.ask(None).about["filter"] == "middle square, Lanczos to 16; none"
+
+
+def test_small_pictures_are_counted_and_named_before_any_work(world, monkeypatch):
+    monkeypatch.setattr(references, "NAMED", 1)
+    for name, size in (("2.png", (30, 19)), ("5.png", (18, 30)), ("6.png", (30, 10))):
+        Image.new("RGB", size).save(world.folder / name)
+    with pytest.raises(UserError, match=r"of the 9 .* 2 \(5\.png 18x30 and 1 more\) have an edge below the 19 pixels"):
+        world.ask(None, least=19)
+    assert world.features.seen == 0
+    assert world.ask(None, least=10).about["n"] == 9
+
+
+def test_what_an_interruption_left_is_not_computed_again(world, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK", 4)
+    really = references.opened
+    monkeypatch.setattr(references, "opened", lambda path: pytest.fail("stopped") if path.name == "6.png" else really(path))
+    with pytest.raises(pytest.fail.Exception):
+        world.ask()
+    monkeypatch.undo()
+    assert world.features.seen == 4
+    monkeypatch.setattr(rows, "BLOCK", 4)
+    np.testing.assert_allclose(world.ask().features, world.pictures.mean((1, 2)), rtol=1e-6)
+    assert world.features.seen == 9 and [file.suffix for file in world.cache.iterdir()] == [".safetensors"]
+
+
+def share_of(folder, cache):
+    """What one of several processes computes, and the features that it then has."""
+    features, rows.BLOCK = Colours(), 2
+    made = reference(folder, features, (20, 30), cache, Line(io.StringIO()))
+    return features.seen, made.features.tolist(), made.about["n"]
+
+
+def test_processes_share_the_pictures_out(world):
+    told = processes.world(2, share_of, world.folder, world.cache)
+    assert [seen for seen, *_ in told] == [5, 4]  # blocks 0, 2 and 4, the last of one picture; blocks 1 and 3
+    for _, features, n in told:
+        np.testing.assert_allclose(features, world.pictures.mean((1, 2)), rtol=1e-6)
+        assert n == 9
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x89PNG nothing", None])
@@ -106,7 +145,7 @@ def test_a_damaged_picture_is_named(world, damage):
     path.write_bytes(path.read_bytes()[:400] if damage is None else damage)
     with pytest.raises(UserError, match=r"within/a\.PNG is no picture that can be read .*; mend it or take it away"):
         world.ask()
-    assert not list(world.cache.glob("*"))
+    assert not list(world.cache.glob("*.safetensors"))
 
 
 def test_grey_and_palettes_are_colours(world):
@@ -143,11 +182,11 @@ def test_a_saved_one_is_read_and_refused_by_its_fields(world, tmp_path):
 
 
 def test_moments_alone(world, tmp_path):
-    rows = np.random.default_rng(0).normal(size=(50, 3))
-    np.savez(tmp_path / "known.npz", mu=rows.mean(0), sigma=np.cov(rows.T))
+    drawn = np.random.default_rng(0).normal(size=(50, 3))
+    np.savez(tmp_path / "known.npz", mu=drawn.mean(0), sigma=np.cov(drawn.T))
     made = world.ask(source=tmp_path / "known.npz")
     assert made.features is None and made.about["filter"].startswith("unknown")
-    for ours, theirs in zip(made.moments, moments(rows), strict=True):
+    for ours, theirs in zip(made.moments, moments(drawn), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert "warning" in world.said.getvalue() and "taken for mean colour, none" in world.said.getvalue()
     assert made.about["hash"] == hashlib.sha256((tmp_path / "known.npz").read_bytes()).hexdigest()
