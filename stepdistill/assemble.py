@@ -110,7 +110,16 @@ def assemble(recipe: Recipe) -> Distillation:
     dtype, data = getattr(torch, model.dtype), recipe.data
     loras = [find_lora(lora) for lora in model.loras]
     family = load_family(
-        model.source, dtype, model.revision, model.variant, model.quantize, where, data.size, data.frames, loras
+        model.source,
+        dtype,
+        model.revision,
+        model.variant,
+        model.quantize,
+        where,
+        data.size,
+        data.frames,
+        loras,
+        recipe.trust_remote_code,
     )
     if train.attention == "xformers":
         use_xformers(family)
@@ -205,6 +214,8 @@ def restore_export(folder: Path) -> Distillation:
             if off := sorted(parameters.keys() ^ weights.keys()):
                 raise UserError(f"{folder}: files and recipe do not agree about {off[0]}; export the run again")
             for name, x in weights.items():
+                if x.shape != parameters[name].shape:  # copy_ would stretch some
+                    raise UserError(f"{folder}: files and recipe do not agree about the shape of {name}; export the run again")
                 parameters[name].copy_(x)
     shared_out = len(told.worn) < len(found) * len(made.family.networks)
     return dataclasses.replace(made, known=tuple(told.samplers)) if shared_out else made

@@ -91,7 +91,9 @@ def no_place(distillation: Distillation) -> str:
 
 def write_fused(distillation: Distillation, told: Serving, _part: Part, folder: Path) -> None:
     with quiet():
-        pipe = load_pipeline_folder(told.model, getattr(torch, told.dtype), told.revision, told.variant)
+        pipe = load_pipeline_folder(
+            told.model, getattr(torch, told.dtype), told.revision, told.variant, trusted=distillation.recipe.trust_remote_code
+        )
         fuse_loras(pipe, told.loras)
         if told.lora["loader"] == "peft":  # this pipeline of diffusers knows of no LoRAs
             fold_lora(getattr(pipe, told.network), weights(distillation, told.worn[0]))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import UserError
 from .families.base import Family
+from .families.load import told_of
+from .foreign import read_tensors
 from .lora_files import network_state
 from .sidecar import WHOLE, Serving
 
@@ -36,10 +37,11 @@ def student_weights(folder: Path, told: Serving, form: str, family: Family) -> d
     found: dict[str, dict[str, Tensor]] = {}
     for k, (student, network) in enumerate(told.worn):
         if form == "diffusers":  # whatever the network, the keys begin with the pipeline's first
-            state = network_state(load_file(folder / told.files[form][k]), told.network)
+            state = network_state(read_tensors(folder / told.files[form][k]), told.network)
         else:  # the first student is in a whole pipeline, each who follows is a network
             place = folder / told.files[form][k] if told.take_turns and k else folder / told.files[form][0] / network
-            net = type(getattr(family.pipe, network)).from_pretrained(place, use_safetensors=True)
+            with told_of(str(place)):
+                net = type(getattr(family.pipe, network)).from_pretrained(place, use_safetensors=True, local_files_only=True)
             state = dict(net.named_parameters())
         inner = family.networks[network]
         found.setdefault(student, {}).update({inner + name: x.float() for name, x in state.items()})

@@ -3,7 +3,6 @@ no memory."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 import transformers
 
 from .architectures import Architecture, Part
-from .families.load import quiet
+from .families.load import check_files, quiet
+from .foreign import read_json
 
 HOST = "meta"
 
@@ -46,9 +46,10 @@ def open_folder(folder: Path, dtype: torch.dtype = torch.float32) -> diffusers.D
     """The pipeline of a folder by its own configs, on the meta device, with its tokenizers; no weights are read.
 
     Raises:
-        OSError, ValueError: a config is missing or damaged.
+        OSError, ValueError: a config is missing or damaged, or names code of others.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    check_files(str(folder), folder)
+    index = read_json(folder / "model_index.json")
     kind = getattr(diffusers, index["_class_name"])
     parts = {name: value for name, value in index.items() if not name.startswith("_")}
     with quiet(), warnings.catch_warnings():

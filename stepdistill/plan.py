@@ -140,7 +140,9 @@ def open_family(recipe: Recipe) -> tuple[Family, dict[str, tuple[int, ...]]]:
         return FAMILIES[architecture.pipeline](pipe, recipe.data.size, recipe.data.frames), architecture.prompt
     try:
         pipe = open_folder(embedded_models().get(source, Path(source)), dtype)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"model.source {source}: its configs cannot be read ({error}); save the pipeline anew") from None
     if type(pipe).__name__ not in FAMILIES:
         raise UserError(f"model.source {source}: no family is written for a {type(pipe).__name__}, so it cannot be planned")

@@ -122,7 +122,8 @@ class Eval:
 @dataclass(frozen=True)
 class Recipe:
     name: str  # of the run's folder and exported files; the recipe file's own name if left out
-    trust_remote_code: bool  # the strategy may be a class of another package, package.module:Class; false if left out
+    # the strategy may be a class of another package, package.module:Class, and the model may bring code; false if left out
+    trust_remote_code: bool
     model: Model
     lora: Lora | None  # null: trains full copies of the network
     strategy: Any  # name, one of STRATEGIES or package.module:Class, and the fields of that dataclass

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import diffusers
 import torch
-from safetensors.torch import load_file
 
 from . import distributed
 from .errors import UserError
-from .families.load import load_pipeline_folder, quiet
+from .families.load import load_pipeline_folder, quiet, told_of
 from .families.loras import fuse_loras, load_kohya
+from .foreign import read_tensors
 from .lora_files import network_state
 from .roles import wear_lora
 from .sidecar import WHOLE, Serving, find_export, read_export
@@ -24,29 +24,33 @@ from .sidecar import WHOLE, Serving, find_export, read_export
 SUFFIXES = {False: (".png",), True: (".webp", ".png", ".gif")}  # of pictures, and of videos; the first is written unasked
 
 
-def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPipeline:
+def open_export(folder: Path, told: Serving, form: str, trusted: bool = False) -> diffusers.DiffusionPipeline:
     """A fresh stock pipeline with one of the export's formats (a key of `told.files`) on it, and the scheduler set.
 
     Where several students take turns, its network changes over by itself (see `take_turns`); where the student is told another
-    time than its scheduler's, its network hears that (see `tell`).
+    time than its scheduler's, its network hears that (see `tell`). trusted: code that the base model brings may run.
+
+    Raises:
+        UserError: files of the export, or its base model, cannot be loaded.
     """
     files, written, dtype = told.files[form], read_export(folder).steps, getattr(torch, told.dtype)
-    with quiet():
+    with quiet(), told_of(f"the export {folder}"):
         if form in WHOLE:
-            pipe = load_pipeline_folder(str(folder / files[0]), dtype)
+            pipe = load_pipeline_folder(str(folder / files[0]), dtype, trusted=trusted)
             net = getattr(pipe, told.network)
-            others = [type(net).from_pretrained(folder / file, dtype=dtype).to(distributed.device()) for file in files[1:]]
+            safe = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+            others = [type(net).from_pretrained(folder / file, **safe).to(distributed.device()) for file in files[1:]]
             calls = [network.forward for network in (net, *others)]
         else:
-            pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant, told.quantize)
+            pipe = load_pipeline_folder(told.model, dtype, told.revision, told.variant, told.quantize, trusted)
             fuse_loras(pipe, told.loras)
             for (student, network), file in zip(told.worn, files, strict=True):
                 if told.lora.get("loader") == "peft":
-                    wear_lora(getattr(pipe, network), network_state(load_file(folder / file), network))
+                    wear_lora(getattr(pipe, network), network_state(read_tensors(folder / file), network))
                     continue
                 load = load_kohya if form == "kohya" else type(pipe).load_lora_weights
                 name = student if told.take_turns else None
-                load(pipe, folder, weight_name=file, adapter_name=name, **told.into(network))
+                load(pipe, folder, weight_name=file, adapter_name=name, use_safetensors=True, **told.into(network))
             net = getattr(pipe, told.network)
             calls = [with_adapter(pipe, student, net.forward) for student in told.students]
         if told.take_turns:
@@ -54,7 +58,11 @@ def open_export(folder: Path, told: Serving, form: str) -> diffusers.DiffusionPi
         if told.sampler.told is not None:
             tell(net, told.sampler.told)
         kind = getattr(diffusers, told.sampler.scheduler)
-        pipe.scheduler = kind.from_pretrained(folder / "scheduler") if told.steps == written else told.build_scheduler()
+        pipe.scheduler = (
+            kind.from_pretrained(folder / "scheduler", local_files_only=True)
+            if told.steps == written
+            else told.build_scheduler()
+        )
     return pipe.to(distributed.device())
 
 

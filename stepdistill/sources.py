@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import find
+from .foreign import is_plain, read_json, shorten
 
 TINY = Path(__file__).parent / "tiny"  # the embedded world: teachers are folders of it
 EMBEDDED = "stepdistill/"
@@ -29,6 +29,7 @@ PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
 LOOK = 10**5  # characters of a file, and files of a folder, that a check looks at
 PAIRS = "pairs.json"  # in a folder of teacher pairs: with what settings they were made, and how many
+MOST, MOST_FILES = 10**9, 10**5  # pairs that a folder may hold, and files
 PYARROW = "Parquet and Arrow files are read by pyarrow, which is not installed: pip install 'stepdistill[data]'"
 PICKLE = (
     "is a pickled weight file, and unpickling runs whatever code it holds; save the model as safetensors "
@@ -64,9 +65,9 @@ def pipeline_class(source: str) -> str | None:
         architecture = find(source)
         return architecture and architecture.pipeline
     try:
-        index = json.loads((embedded_models().get(source, Path(source)) / "model_index.json").read_text(encoding="utf-8"))
-        return index["_class_name"] if isinstance(index["_class_name"], str) else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        name = read_json(embedded_models().get(source, Path(source)) / "model_index.json")["_class_name"]
+        return name if isinstance(name, str) and name.isidentifier() else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -102,14 +103,12 @@ def check_model(source: str, variant: str | None = None, families: Collection[st
 def _check_pipeline(folder: Path, source: str, variant: str | None, families: Collection[str]) -> Iterator[str]:
     """What is wrong with a folder that has a model_index.json."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        parts = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
-        if not isinstance(name := index.get("_class_name", ""), str):
-            raise ValueError
-    except (ValueError, AttributeError, IndexError, RecursionError):
+        parts = pipeline_parts(folder)
+    except (OSError, ValueError):
         yield f"{source}/model_index.json cannot be read; save the pipeline again"
         return
-    if families and name not in families and not in_diffusers(name):
+    name = pipeline_class(source)
+    if families and name and name not in families and not in_diffusers(name):
         yield f"{source} holds a {name}, which the installed diffusers lacks; well known are {', '.join(sorted(families))}"
     for part in parts:
         if not (folder / part).is_dir():
@@ -123,6 +122,44 @@ def _check_pipeline(folder: Path, source: str, variant: str | None, families: Co
         if variant and safe and not any(f".{variant}." in name for name in safe):
             have = ", ".join(safe)
             yield f"{source}/{part} has no weights of the variant {variant}, only {have}; leave model.variant out"
+
+
+def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
+    """The parts that a pipeline folder has: name -> library and class, as its model_index.json says.
+
+    Raises:
+        OSError, ValueError: it has no such file, or a damaged one.
+    """
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict):
+        raise ValueError("it is no object")
+    listed = {
+        name: value for name, value in index.items() if isinstance(value, list) and name[:1] != "_" and value != [None, None]
+    }
+    for name, value in listed.items():
+        if not is_plain(name) or len(value) != 2 or not all(isinstance(word, str) for word in value):
+            raise ValueError(f"{shorten(name)} must be the name of a library and of a class in it")
+    return {name: tuple(value) for name, value in listed.items()}
+
+
+def foreign_code(folder: Path) -> Iterator[str]:
+    """What of a pipeline folder is code that it brings itself, or that neither diffusers nor transformers has.
+
+    Raises:
+        OSError, ValueError: as `pipeline_parts`.
+    """
+    parts = pipeline_parts(folder)
+    if pipeline_class(str(folder)) is None:
+        yield "a pipeline class of its own"
+    package = importlib.util.find_spec("diffusers")
+    within = Path(package.origin).parent / "pipelines"  # some parts are named after the folder that their class is in
+    for name, (library, kind) in parts.items():
+        if library not in ("diffusers", "transformers") and not (is_plain(library) and (within / library).is_dir()):
+            yield f"{name}, a class {shorten(kind)} of {shorten(library)}"
+        elif not kind.isidentifier():
+            yield f"{name}, {shorten(kind)}"
+        elif kind.startswith("Auto") and any("auto_map" in read_json(file) for file in (folder / name).glob("*config.json")):
+            yield f"{name}, a {kind} whose configuration names code of its own"
 
 
 def in_diffusers(name: str) -> bool:
@@ -193,10 +230,10 @@ def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> It
             yield f"{source} holds no teacher pairs: it has no {PAIRS} (seen from {Path.cwd()}); make them: {make}"
         return
     try:
-        made = {"loras": None} | json.loads((folder / PAIRS).read_text(encoding="utf-8"))
+        made = {"loras": None} | read_json(folder / PAIRS)
         missing = [name for name in shards(made) if not (folder / name).is_file()]
         theirs = {key: made[key] for key in model}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         yield f"{source}/{PAIRS} cannot be read; make the pairs in another folder: {make} --out DIR"
         return
     wanted = {**model, "source": identity(model["source"] or "")}
@@ -207,13 +244,12 @@ def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> It
 
 
 def shards(manifest: Mapping[str, Any]) -> list[str]:
-    """Names of the files that hold the pairs of a manifest.
-
-    Raises:
-        ValueError, KeyError, TypeError: it does not say how many there are.
-    """
-    if not 0 <= manifest["count"] <= 10**7 or manifest["shard"] < 1:
-        raise ValueError("no numbers of pairs")
+    """Names of the files that hold the pairs of a manifest. Raises ValueError: its numbers cannot be."""
+    for key in ("count", "shard"):
+        if not isinstance(manifest[key], int) or not 0 < manifest[key] <= MOST:
+            raise ValueError(f"{key} {shorten(manifest[key])} must be a whole number from 1 to {MOST}")
+    if manifest["count"] > MOST_FILES * manifest["shard"]:
+        raise ValueError(f"{manifest['count']} pairs in files of {manifest['shard']} are more than {MOST_FILES} files")
     return [f"pairs-{k:05d}.safetensors" for k in range(-(-manifest["count"] // manifest["shard"]))]
 
 

@@ -52,7 +52,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     **{room: NUMBERS for room in NUMBERS},
     "errors": set(),
     "architectures": set(),
-    "meta": {"architectures", "families"},
+    "meta": {"architectures", "families", "foreign"},
     "compiling": set(),
     "machine": {"distributed", "errors", "extras", "sections", "trackers"},
     "devices": set(),

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
 
 from ..errors import UserError
 from ..lora_sources import LoraSource
-from ..sources import embedded_models, is_hub_id
+from ..sources import check_model, embedded_models, foreign_code, is_hub_id
 from . import FAMILIES
 from .base import Family
 from .loras import fuse_loras
 from .probed import notice, probed
 from .quantize import DENOISERS, keep_gradients, quantization, without_gpu
+
+FAULTS = (OSError, SafetensorError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, MemoryError)  # of files
 
 
 def load_pipeline_folder(
@@ -28,32 +32,52 @@ def load_pipeline_folder(
     revision: str | None = None,
     variant: str | None = None,
     quantize: str | None = None,
+    trusted: bool = False,
 ) -> DiffusionPipeline:
     """A stock pipeline in evaluation mode, from safetensors files only; quantize: its network, to int8 or nf4.
 
+    Nothing but a hub id is asked for over the network. trusted: code that the model brings may run.
+
     Raises:
-        UserError: the package that quantizes is not installed, or the hub does not give the model.
+        UserError: the package that quantizes is not installed, the hub does not give the model, its files cannot be read, or
+            it brings code and is not trusted.
     """
     options = {"quantization_config": quantization(quantize, dtype)} if quantize else {}
-    folder = embedded_models().get(source, source)
+    options |= {"variant": variant, "use_safetensors": True, "trust_remote_code": trusted}
+    folder = embedded_models().get(source, Path(source))
     with quiet(), without_gpu(), told(source):
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **options
-        )
+        if is_hub_id(source):
+            folder = Path(DiffusionPipeline.download(source, revision=revision, **options))
+        check_files(source, folder, trusted)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
     for net in filter(None, (getattr(pipe, name, None) for name in DENOISERS)):
         keep_gradients(net)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def check_files(source: str, folder: Path, trusted: bool = False) -> None:
+    """Raises UserError where a pipeline folder cannot be read, holds pickled weights alone or, unless trusted, brings code."""
+    if not is_hub_id(source):
+        for problem in check_model(source):
+            raise UserError(f"model.source {problem}")
+    try:
+        code = None if trusted else next(foreign_code(folder), None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.source {source}: its configs cannot be read ({error}); save the pipeline again") from None
+    if code is not None:
+        raise UserError(
+            f"model.source {source} brings code: {code}; read it, and if you trust it set trust_remote_code: true in the recipe"
+        )
+
+
 @contextmanager
 def told(source: str) -> Iterator[None]:
-    """Raise what a hub says of a model that it does not give as a UserError with the remedy."""
+    """Raise what a hub says of a model that it does not give, or a loader of files, as a UserError with the remedy."""
     try:
-        yield
+        with told_of(f"model.source {source}") if not is_hub_id(source) else nullcontext():
+            yield
     except OSError as error:  # of requests, of huggingface_hub, and what diffusers makes of them
-        if not is_hub_id(source):
-            raise
         whole = " ".join(f"{type(e).__name__} {e}" for e in (error, error.__cause__, error.__context__) if e)
         if "Gated" in whole or "401" in whole or "403" in whole:
             remedy = f"accept the licence at https://huggingface.co/{source} and log in once: hf auth login"
@@ -65,6 +89,18 @@ def told(source: str) -> Iterator[None]:
             ) from None
         remedy = "mend the id, model.revision or model.variant, log in if it is private (hf auth login), or give a folder"
         raise UserError(f"model.source {source}: the hub has no such pipeline, or not for you; {remedy}") from None
+
+
+@contextmanager
+def told_of(what: str) -> Iterator[None]:
+    """Raise what a loader says of files that it cannot read, in whatever way, as a UserError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except FAULTS as error:
+        why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(f"{what} cannot be loaded ({why[:300]}); save or fetch it again") from error
 
 
 @contextmanager
@@ -96,15 +132,16 @@ def load_family(
     size: tuple[int, int] | None = None,
     frames: int | None = None,
     loras: Sequence[LoraSource] = (),
+    trusted: bool = False,
 ) -> Family:
     """The family of the pipeline at source, for pictures of that height and width in pixels, or videos of so many frames
-    (None: the network's own); quantize: as above. loras: fused into its weights.
+    (None: the network's own); quantize, trusted: as above. loras: fused into its weights.
 
     Raises:
         UserError: its class is unknown and cannot be found out, it cannot make pictures of that size, a LoRA is not of it, or a
             package is missing.
     """
-    pipe = load_pipeline_folder(source, dtype, revision, variant, quantize)
+    pipe = load_pipeline_folder(source, dtype, revision, variant, quantize, trusted)
     with quiet():
         fuse_loras(pipe, loras)
     pipe.to(device)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -46,7 +46,16 @@ def load_whole(pipe: Any, lora: LoraSource, adapter: str = PROBE) -> list[str]:
     try:
         state = read_lora(pipe, lora)
         pipe.load_lora_weights(lora.place, weight_name=lora.file, adapter_name=adapter, use_safetensors=True)
-    except (ValueError, RuntimeError, KeyError, AssertionError, OSError, safetensors.SafetensorError) as error:
+    except (
+        ValueError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+        OSError,
+        SafetensorError,
+    ) as error:
         why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(f"{lora} is no LoRA of this {kind} ({why[:300]}); give one made for this architecture") from None
     worn = {name: adapted(part, adapter) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -58,14 +67,14 @@ def load_whole(pipe: Any, lora: LoraSource, adapter: str = PROBE) -> list[str]:
     return [name for name, layers in worn.items() if layers]
 
 
-def load_kohya(pipe: Any, folder: Path, weight_name: str, adapter_name: str | None = None) -> None:
+def load_kohya(pipe: Any, folder: Path, weight_name: str, adapter_name: str | None = None, **options: Any) -> None:
     """pipe.load_lora_weights of a file in kohya's spelling, without a loss: what lies outside FLUX.1's blocks diffusers 0.42
     converts, but without the name of its part, and then leaves it out."""
     source: Any = folder / weight_name
     if hasattr(pipe, "transformer"):
-        state = pipe.lora_state_dict(folder, weight_name=weight_name)
+        state = pipe.lora_state_dict(folder, weight_name=weight_name, **options)
         source = {key if key.startswith("transformer.") else f"transformer.{key}": x for key, x in state.items()}
-    pipe.load_lora_weights(source, adapter_name=adapter_name)
+    pipe.load_lora_weights(source, adapter_name=adapter_name, **options)
 
 
 def read_lora(pipe: Any, lora: LoraSource) -> dict[str, Tensor]:

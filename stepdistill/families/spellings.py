@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from ..foreign import parse_json
 
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 SDXL = SimpleNamespace(layers_per_block=2)  # all that is asked of it, where blocks are numbered as in the first code
@@ -35,7 +35,7 @@ def read_layers(file: Path) -> dict[str, Layer]:
     try:
         with safe_open(file, "pt") as opened:
             state = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118 - it is no mapping
-            adapter = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            adapter = parse_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{file} is no safetensors file ({error}); give a LoRA as diffusers or sd-scripts write it") from None
     if strange := [key for key in state if "lora_" not in key and not key.endswith(".alpha")]:
@@ -44,7 +44,7 @@ def read_layers(file: Path) -> dict[str, Layer]:
         raise UserError(f"{file} is a DoRA, and only plain LoRAs can be read")
     try:
         state = to_peft(with_scale(state, adapter))
-    except (ValueError, AssertionError, IndexError, KeyError) as error:
+    except (ValueError, AssertionError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         why = next(iter(str(error).strip().splitlines()), "")[:300] or type(error).__name__
         raise UserError(f"{file} is in a spelling that diffusers cannot read ({why})") from None
     pairs: dict[str, dict[str, Tensor]] = {}

@@ -21,7 +21,7 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch, said, offline, remedy):
     def refuse(*_args, **_kwargs):
         raise OSError(said)
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
     monkeypatch.setattr(load, "HF_HUB_OFFLINE", offline)
     with pytest.raises(UserError, match="org/name") as caught:
         load.load_pipeline_folder("org/name")
