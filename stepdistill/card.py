@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .card_notes import combining, notes, places, quoted
+from .card_notes import combining, literal, notes, places, plain, quoted
 from .lora_sources import LoraSource
 from .sidecar import WHOLE, Serving
 
@@ -54,7 +54,7 @@ def card(told: Serving, results: Sequence[Any] = (), picture: str | None = None,
 
 
 def header(told: Serving, gallery: Sequence[str] = ()) -> str:
-    """What the Hub reads. JSON is YAML."""
+    """What the Hub reads."""
     task = "text-to-image" if told.frames is None else "text-to-video"
     tags = [task, "diffusers", "few-step", "stepdistill", told.strategy]
     tags += ["lora", "template:sd-lora"] if told.lora else []
@@ -69,7 +69,7 @@ def header(told: Serving, gallery: Sequence[str] = ()) -> str:
     if gallery:
         shown = zip(told.prompts, gallery, strict=False)
         fields["widget"] = [{"text": prompt, "output": {"url": file}} for prompt, file in shown]
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
+    return "\n".join(["---", *(f"{key}: {_yaml(value)}" for key, value in fields.items()), "---"])
 
 
 def about(told: Serving) -> str:
@@ -95,7 +95,7 @@ def snippet(told: Serving) -> str:
     scheduler, options = told.sampler.scheduler, {"revision": told.revision, "variant": told.variant}
     classes, imports, how = QUANTIZED[told.quantize]
     networks = ", ".join(f'"{name}": how' for name in dict.fromkeys(network for _, network in told.worn))
-    source = json.dumps(told.base) + "".join(f", {name}={json.dumps(x)}" for name, x in options.items() if x)
+    source = literal(told.base) + "".join(f", {name}={literal(x)}" for name, x in options.items() if x)
     source += ", quantization_config=quantized" * bool(how)
     if form in WHOLE:
         source = f'f"{{here}}/{files[0]}"'
@@ -127,7 +127,7 @@ def snippet(told: Serving) -> str:
         *(turns(told, form, files) if told.take_turns else []),
         *(another_time(told) if told.sampler.told is not None else []),
         "image = pipe(" if told.frames is None else "frames = pipe(",
-        f"    prompt={json.dumps(told.prompts[0], ensure_ascii=False)},",
+        f"    prompt={literal(told.prompts[0])},",
         *(f"    {name}={value!r}," for name, value in told.arguments.items()),
         *["    callback_on_step_end=take_turns,"] * told.take_turns,
         "    generator=torch.manual_seed(0),",
@@ -155,7 +155,7 @@ def put_on(told: Serving, file: str) -> list[str]:
 
 def below(lora: LoraSource) -> list[str]:
     """Lines that fuse a LoRA which the student was distilled over."""
-    source = f"{json.dumps(lora.place)}, weight_name={json.dumps(lora.file)}"
+    source = f"{literal(lora.place)}, weight_name={literal(lora.file)}"
     return [
         f"pipe.load_lora_weights({source})  # what it was distilled over",
         f"pipe.fuse_lora(lora_scale={lora.scale:g})",
@@ -215,11 +215,11 @@ def settings(told: Serving) -> str:
         other = told.at(n)
         if sampler.scheduler == told.sampler.scheduler:
             changed = {k: v for k, v in sampler.config.items() if told.sampler.config.get(k) != v}
-            kind = "as saved" if not changed else f"saved, with {_arguments(changed)}"
+            kind = "as saved" if not changed else f"saved, with {plain(_arguments(changed))}"
         else:
             kind = f"{sampler.scheduler}: see stepdistill.json"
         words = [_words(sampler.comfyui), _words(sampler.a1111)]
-        table.append([f"**{n}**" if n == told.steps else str(n), kind, f"`{_arguments(other.arguments)}`", *words])
+        table.append([f"**{n}**" if n == told.steps else str(n), kind, quoted(_arguments(other.arguments)), *words])
     text = _table(table)
     if any("saved, with" in row[1] for row in table):
         name = told.sampler.scheduler
@@ -231,15 +231,26 @@ def rows(result: Any) -> list[Mapping[str, Any]]:
     """Every mapping with an `fd` or `alignment` inside a JSON value."""
     if isinstance(result, Mapping):
         if "fd" in result or "alignment" in result:
-            return [result]
+            known = isinstance(result.get("fd", 0.0), int | float) and isinstance(result.get("steps", 0), int)
+            return [result] if known else []
         return [row for value in result.values() for row in rows(value)]
     return [row for value in result for row in rows(value)] if isinstance(result, list) else []
 
 
 def measured(result: Any) -> list[str]:
     """By which protocol a result was measured, in words, if it says so."""
-    about = result.get("provenance", {}).get("compared", {}) if isinstance(result, Mapping) else {}
-    return [f"Measured by the preset `{about['preset']}` of stepdistill on {about['n']:,} pictures."] if about else []
+    about = _within(result, "provenance", "compared") if isinstance(result, Mapping) else {}
+    if not isinstance(about.get("n"), int):
+        return []
+    return [f"Measured by the preset {quoted(str(about.get('preset')))} of stepdistill on {about['n']:,} pictures."]
+
+
+def _within(result: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The mapping in a mapping; empty if there is none."""
+    for key in keys:
+        value = result.get(key)
+        result = value if isinstance(value, Mapping) else {}
+    return result
 
 
 def figures(found: Sequence[Mapping[str, Any]]) -> str:
@@ -258,6 +269,13 @@ def newest_grid(folder: Path) -> Path | None:
     return max(folder.glob("*.png"), key=lambda file: (len(file.stem), file.stem), default=None)
 
 
+def _yaml(value: Any) -> str:
+    """Texts, and lists and mappings of them, in YAML on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{literal(key)}: {_yaml(x)}" for key, x in value.items()) + "}"
+    return "[" + ", ".join(map(_yaml, value)) + "]" if isinstance(value, list) else literal(value)
+
+
 def _table(lines: Sequence[Sequence[str]]) -> str:
     cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
     head, *body = ("| " + " | ".join(line) + " |" for line in cells)
@@ -269,8 +287,8 @@ def _arguments(values: Mapping[str, Any]) -> str:
 
 
 def _words(values: Mapping[str, Any] | None) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items()) if values else "-"
+    return plain(", ".join(f"{name} {value}" for name, value in values.items())) if values else "-"
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else plain(str(value)[:200])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .sidecar import WHOLE, Serving
@@ -92,8 +93,24 @@ def places(told: Serving) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def literal(text: str) -> str:
+    """Text in double quotes as Python and YAML both read it, on one line; what does not print is escaped."""
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n"}
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else _escape(c)) for c in text) + '"'
+
+
+def _escape(c: str) -> str:
+    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if ord(c) < 2**16 else f"\\U{ord(c):08x}"
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML, on one line."""
+    return re.sub(r"([\\`*\[\]<>&#!~])", r"\\\1", " ".join(text.split()))
+
+
 def quoted(text: str) -> str:
-    """Text as code in Markdown, whatever backticks it has."""
+    """Text as code in Markdown, whatever backticks it has, on one line."""
+    text = "".join(c if c.isprintable() else " " for c in text)
     ticks = "`"
     while ticks in text:
         ticks += "`"

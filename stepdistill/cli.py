@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import __version__, listing, verbs
 from .errors import Diverged, UserError
+from .show import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,16 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
-        parser.error(f"unknown arguments: {' '.join(rest)} (see: stepdistill {args.verb} --help)")
+        parser.error(f"unknown arguments: {printable(' '.join(rest))} (see: stepdistill {args.verb} --help)")
     if rest:
         args.overrides += rest  # overrides that came after an option
     try:
         return args.run(args) or 0
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except Diverged as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

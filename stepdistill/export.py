@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -34,9 +35,11 @@ from .errors import UserError
 from .evaluate.walks import to_pixels
 from .export_files import WRITERS, lora_state, names
 from .families.load import quiet
+from .foreign import read_json
 from .inference import pipeline_normal, serving
 from .sampling import sample
 from .serve import open_export
+from .show import tell
 from .sidecar import SIDECAR, Serving, read_export
 from .workflow import NAME as WORKFLOW
 from .workflow import workflow
@@ -57,7 +60,7 @@ def export_run(run: Path, formats: Sequence[str] | None = None, out: Path | None
         ExportMismatch: see `check_export`.
     """
     out = out or run / "export"
-    print(write_export(restore_run(run), out, formats, run))
+    tell(write_export(restore_run(run), out, formats, run))
     return out
 
 
@@ -111,12 +114,20 @@ def write_card(out: Path, run: Path | None = None) -> None:
     """(Re)write an export's README.md, with figures of run/eval and the newest grid of run/samples if run is a run."""
     results = []
     if run is not None and (run / "recipe.yaml").is_file():
-        results = [json.loads(file.read_text()) for file in sorted((run / "eval").glob("*.json"))]
+        results = [result for file in sorted((run / "eval").glob("*.json")) if (result := figures_in(file)) is not None]
         if grid := newest_grid(run / "samples"):
             shutil.copyfile(grid, out / "samples.png")
     picture = "samples.png" if (out / "samples.png").is_file() else None
     gallery = [f"{GALLERY}/{file.name}" for file in sorted((out / GALLERY).glob("*.png"))]
     (out / "README.md").write_text(card(read_export(out), results, picture, gallery), encoding="utf-8")
+
+
+def figures_in(file: Path) -> Any:
+    """A result file's value; None of one that cannot be read, which the report tells."""
+    try:
+        return read_json(file)
+    except (OSError, ValueError):
+        return None
 
 
 @torch.no_grad()

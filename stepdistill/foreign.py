@@ -22,7 +22,7 @@ DEPTH, ITEMS, TEXT = 32, 2**17, 2**16  # of a JSON value: lists in lists, entrie
 
 
 def read_json(path: Path, most: int = BYTES) -> Any:
-    """The value in a JSON file of at most so many bytes.
+    """The value in a JSON file of at most so many bytes; lists in it may have as many entries.
 
     Raises:
         OSError: there is no file.
@@ -34,10 +34,10 @@ def read_json(path: Path, most: int = BYTES) -> Any:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it is longer than the {most} bytes that are read of such a file")
-    return parse_json(data.decode("utf-8"))
+    return parse_json(data.decode("utf-8"), max(ITEMS, most // 2**5))
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, items: int = ITEMS) -> Any:
     """The value of a JSON text.
 
     Raises:
@@ -47,23 +47,23 @@ def parse_json(text: str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _limit(value, DEPTH)
+    _limit(value, DEPTH, items)
     return value
 
 
-def _limit(value: Any, depth: int) -> None:
+def _limit(value: Any, depth: int, items: int) -> None:
     if isinstance(value, str) and len(value) > TEXT:
         raise ValueError(f"it holds a text of {len(value)} characters; at most {TEXT} are read")
     if not isinstance(value, dict | list):
         return
     if not depth:
         raise ValueError(f"it is nested deeper than {DEPTH}")
-    if len(value) > ITEMS:
-        raise ValueError(f"it holds {len(value)} entries in one; at most {ITEMS} are read")
+    if len(value) > items:
+        raise ValueError(f"it holds {len(value)} entries in one; at most {items} are read")
     for item in value:
-        _limit(item, depth - 1)
+        _limit(item, depth - 1, items)
         if isinstance(value, dict):
-            _limit(value[item], depth - 1)
+            _limit(value[item], depth - 1, items)
 
 
 def shaped(value: Any, kind: Any, at: str = "") -> Any:

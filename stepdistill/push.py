@@ -46,11 +46,13 @@ def push(run: Path, repo: str, private: bool = False, base: str | None = None, a
         told = replace(told, loras=())  # a whole pipeline holds them
     if local := next(local_paths(told), None):
         raise UserError(local)
+    if link := next((file for file in sorted(folder.rglob("*")) if file.is_symlink()), None):
+        raise UserError(f"nothing is uploaded: {link} is a link to {link.readlink()}; put the file itself there, or remove it")
     api = api or hub()
     check_login(api)
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "export"
-        shutil.copytree(folder, copy)
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".*"))
         rewrite(copy, told, folder.parent)
         if found := next(leaks(copy, here), None):
             raise UserError(f"nothing is uploaded: {found}, a folder of this machine; rename the run, or mend the file")
@@ -89,11 +91,19 @@ def check_login(api: Any) -> None:
     try:
         api.whoami()
     except Exception as error:  # no token, a wrong one, or no way to the hub: each library version has its own classes for them
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        why = without_token(next(iter(str(error).strip().splitlines()), type(error).__name__))
         raise UserError(
             f"the hub knows nobody by the token of this machine ({why[:200]}); log in: hf auth login, or set HF_TOKEN to a "
             f"token with write access"
         ) from None
+
+
+def without_token(text: str) -> str:
+    """Text without the token of this machine."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "(token)") if token else text
 
 
 def rewrite(copy: Path, told: Serving, run: Path) -> None:

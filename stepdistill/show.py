@@ -9,12 +9,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+BLANKS = "\u00a0\u3000\u200c\u200d"  # that do not print, but that languages and emoji need
+
 
 def clock(seconds: float) -> str:
     """3725 -> "1:02:05"."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: what would move its cursor, change its colours or turn its letters around is spelt out,
+    as in \\x1b; lines stay lines."""
+    return "".join(c if c in "\n\t" or c.isprintable() or c in BLANKS else _spelt(c) for c in text)
+
+
+def _spelt(c: str) -> str:
+    return c.encode("unicode_escape", "surrogatepass").decode()
+
+
+def tell(text: object, end: str = "\n") -> None:
+    """Print what a person asked for."""
+    print(printable(str(text)), end=end)
 
 
 class Line:
@@ -27,7 +44,7 @@ class Line:
 
     def __call__(self, text: str, final: bool = False) -> None:
         """Show text; final keeps it and ends the line."""
-        now = time.monotonic()
+        now, text = time.monotonic(), printable(text)
         if self.live and (final or now - self.last > 0.2):
             self.stream.write(f"\r\033[K{text}" + ("\n" if final else ""))
         elif final or now - self.last > self.every:
@@ -51,7 +68,7 @@ class Line:
         if self.open:
             self.stream.write("\n")
             self.open = False
-        self.stream.write(text + "\n")
+        self.stream.write(printable(text) + "\n")
         self.stream.flush()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import listing
 from .errors import UserError
+from .show import tell
 
 
 def train(args) -> None:
@@ -14,9 +15,9 @@ def train(args) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        print(dump_recipe(recipe), end="")
-        print(f"# would train {recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)}")
-        print(f"# into {args.output or Path('runs') / recipe.name}; nothing was written")
+        tell(dump_recipe(recipe), end="")
+        tell(f"# would train {recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)}")
+        tell(f"# into {args.output or Path('runs') / recipe.name}; nothing was written")
         return
     from .runs import train as start
 
@@ -37,11 +38,11 @@ def sample(args) -> None:
     if args.show_steps or args.base_first_steps is not None:
         from .stepwise import sample_stepwise
 
-        print(sample_stepwise(*asked, args.base_first_steps or 0, args.show_steps, args.base_guidance))
+        tell(sample_stepwise(*asked, args.base_first_steps or 0, args.show_steps, args.base_guidance))
         return
     from .serve import sample_run
 
-    print(sample_run(*asked))
+    tell(sample_run(*asked))
 
 
 def eval_(args) -> None:
@@ -52,7 +53,7 @@ def eval_(args) -> None:
             raise UserError(f"--folder {args.layout} needs --prompts, the benchmark's own, and --out DIR, where pictures go")
         if len(args.steps) > 1:
             raise UserError(f"--steps {','.join(map(str, args.steps))}: a folder is of one number of steps; give one")
-        print(export_pictures(args.folder, args.layout, args.prompts, args.out, *args.steps))
+        tell(export_pictures(args.folder, args.layout, args.prompts, args.out, *args.steps))
         return
     if args.out is not None:
         raise UserError(
@@ -67,13 +68,13 @@ def eval_(args) -> None:
 def report(args) -> None:
     from .report import write
 
-    print(write(args.folders, args.out))
+    tell(write(args.folders, args.out))
 
 
 def export(args) -> None:
     from .export import export_run
 
-    print(export_run(args.folder, args.formats, args.out))
+    tell(export_run(args.folder, args.formats, args.out))
 
 
 def pairs(args) -> None:
@@ -81,13 +82,13 @@ def pairs(args) -> None:
     from .recipe import load_recipe
 
     folder = make(load_recipe(args.recipe, args.overrides, pairs=False), args.out)
-    print(f"{folder} is complete; then: stepdistill train {args.recipe} pairs.folder={folder}")
+    tell(f"{folder} is complete; then: stepdistill train {args.recipe} pairs.folder={folder}")
 
 
 def merge(args) -> None:
     from .merge import merge as fold
 
-    print(fold(args.loras, args.out, args.weights, args.rank, args.format))
+    tell(fold(args.loras, args.out, args.weights, args.rank, args.format))
 
 
 def validate(args) -> None:
@@ -101,7 +102,7 @@ def validate(args) -> None:
         except UserError as error:
             problems += str(error).splitlines()
         else:
-            print(f"{name}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
+            tell(f"{name}: in order ({recipe.train.steps} iterations of {recipe.train.batch} samples: {_plan(recipe)})")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))  # those of the command line are the same for each recipe
 
@@ -112,19 +113,19 @@ def plan(args) -> None:
     from .recipe import load_recipe
 
     gpu = args.gpu and read_size(args.gpu)
-    print(report(make_plan(load_recipe(args.recipe, args.overrides)), gpu))
+    tell(report(make_plan(load_recipe(args.recipe, args.overrides)), gpu))
 
 
 def ls(args) -> None:
     for n, what in enumerate([args.what] if args.what else listing.SHELVES):
-        print("\n" * (n > 0) + f"{what}:")
+        tell("\n" * (n > 0) + f"{what}:")
         rows = listing.SHELVES[what]()
         width = max(map(len, rows), default=0)
-        print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items()) or "  none")
+        tell("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in rows.items()) or "  none")
 
 
 def cat(args) -> None:
-    print(listing.find_recipe(args.recipe).read_text(encoding="utf-8"), end="")
+    tell(listing.find_recipe(args.recipe).read_text(encoding="utf-8"), end="")
 
 
 def cp(args) -> None:
@@ -135,7 +136,7 @@ def cp(args) -> None:
     if not target.parent.is_dir():
         raise UserError(f"{target.parent} is no folder; make it first: mkdir -p {target.parent}")
     shutil.copyfile(source, target)
-    print(f"{target}: yours to change; then: stepdistill train {target}")
+    tell(f"{target}: yours to change; then: stepdistill train {target}")
 
 
 def explain(args) -> None:
@@ -143,13 +144,13 @@ def explain(args) -> None:
     from .strategy_names import find_strategy
 
     kind = find_strategy(args.strategy, args.trust_remote_code)
-    print(explanation(args.strategy, kind, max(60, min(96, shutil.get_terminal_size().columns))))
+    tell(explanation(args.strategy, kind, max(60, min(96, shutil.get_terminal_size().columns))))
 
 
 def push(args) -> None:
     from .push import push as upload
 
-    print(upload(args.folder, args.repo, args.private, args.base))
+    tell(upload(args.folder, args.repo, args.private, args.base))
 
 
 def doctor(args) -> int:

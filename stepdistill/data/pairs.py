@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import sync
 from ..errors import UserError
+from ..foreign import parse_json, read_json, shaped
 from ..sources import PAIRS, shards
 
 FORMAT = 1  # of manifest and shards; a change that old code cannot read raises it
@@ -51,7 +52,7 @@ def manifest(folder: Path) -> dict[str, Any]:
         UserError: it has none, or they cannot be read.
     """
     try:
-        return dict(json.loads((folder / PAIRS).read_text(encoding="utf-8")))
+        return dict(read_json(folder / PAIRS))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}/{PAIRS} cannot be read ({error}); make the pairs in another folder") from None
 
@@ -98,6 +99,7 @@ def read_shard(path: Path) -> tuple[list[str], Tensor, Tensor]:
         raise UserError(f"{path} is missing; the command that made the other pairs makes it: stepdistill pairs RECIPE")
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["prompts"]), file.get_tensor("noise"), file.get_tensor("x0")
+            prompts = shaped(parse_json(file.metadata()["prompts"]), tuple[str, ...], "prompts")
+            return list(prompts), file.get_tensor("noise"), file.get_tensor("x0")
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, and make it again: stepdistill pairs RECIPE") from None

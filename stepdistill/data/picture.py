@@ -11,6 +11,8 @@ from PIL import Image
 
 from .cache import key_of
 
+LARGEST = 2**28  # bytes of a picture's file
+
 
 class Picture(NamedTuple):
     """What a source yields."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..foreign import parse_json
 from ..sources import CAPTIONS, EMBEDDED_DATA, EMBEDDED_PROMPTS
 from ..tiny.world import scenes
 from .grammar import sentences
@@ -52,7 +52,7 @@ def json_lines(path: Path) -> Iterator[str]:
         for n, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield caption_of(json.loads(line))
+                    yield caption_of(parse_json(line))
                 except (ValueError, TypeError):
                     raise UserError(f"{path}:{n} {lacking('a JSON object')}") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -11,8 +10,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from ..foreign import TEXT, escapes, parse_json
 from ..sources import PICTURES
-from .picture import Picture, Skipped, file_key
+from .picture import LARGEST, Picture, Skipped, file_key
 from .prompts import caption_of
 
 
@@ -30,12 +30,16 @@ def shard(path: Path, name: str) -> Iterator[Picture | Skipped]:
             for member in tar:
                 place = PurePosixPath(member.name)
                 suffix = place.suffix.lower()
-                if place.is_absolute() or ".." in place.parts:
+                if escapes(member.name):
                     yield Skipped(f"{name}/{member.name}", "is refused: its path leaves the shard's folder")
+                elif member.islnk() or member.issym() or member.isdev():
+                    yield Skipped(f"{name}/{member.name}", "is refused: it is a link or a device, not a file")
+                elif member.size > LARGEST:
+                    yield Skipped(f"{name}/{member.name}", f"is refused: it is larger than {LARGEST} bytes")
                 elif member.isreg() and not member.issparse():
                     kind = pictures if suffix in PICTURES else captions if suffix in (".txt", ".json") else {}
                     kind.setdefault(str(place.with_suffix("")), member)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, MemoryError, RecursionError) as error:
         yield Skipped(name, f"is damaged ({error}); what comes before that is used")
     for key, member in pictures.items():
         told = f"{name}/{member.name}"
@@ -50,8 +54,10 @@ def shard(path: Path, name: str) -> Iterator[Picture | Skipped]:
 
 def read_caption(path: Path, member: tarfile.TarInfo) -> str:
     """Raises ValueError or TypeError for what is none."""
+    if member.size > TEXT:
+        raise ValueError(f"it is longer than {TEXT} bytes")
     text = read(path, member.offset_data, member.size).decode()
-    caption = caption_of(json.loads(text)) if member.name.lower().endswith(".json") else text
+    caption = caption_of(parse_json(text)) if member.name.lower().endswith(".json") else text
     if not caption.strip():
         raise ValueError("it is empty")
     return caption.strip()

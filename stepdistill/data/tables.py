@@ -4,7 +4,6 @@ of pyarrow, which the extra `data` installs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from io import BytesIO
@@ -14,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UserError
+from ..foreign import escapes, read_json, shorten
 from ..sources import CAPTIONS, PYARROW
 from .picture import Picture, Skipped, file_key
 
@@ -43,15 +43,19 @@ def table_pictures(folder: Path) -> Iterator[Picture | Skipped]:
     Raises:
         UserError: there are tables, but no pyarrow.
     """
-    saved = [(state.parent / file["filename"]) for state in folder.rglob(STATE) for file in data_files(state)]
-    for path in sorted({*folder.rglob("*.parquet"), *saved}):
+    saved = [(state, name) for state in folder.rglob(STATE) for name in data_files(state)]
+    for state, name in saved:
+        if escapes(name):
+            yield Skipped(f"{state.relative_to(folder)}", f"is refused: {shorten(name)} leaves its folder")
+    for path in sorted({*folder.rglob("*.parquet"), *(state.parent / name for state, name in saved if not escapes(name))}):
         yield from rows(path, str(path.relative_to(folder)))
 
 
-def data_files(state: Path) -> list[dict[str, str]]:
+def data_files(state: Path) -> list[str]:
+    """Names of the tables of a saved folder."""
     try:
-        return list(json.loads(state.read_text(encoding="utf-8"))["_data_files"])
-    except (ValueError, KeyError, TypeError):  # another program's
+        return [str(file["filename"]) for file in read_json(state)["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):  # another program's
         return []
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -151,9 +152,10 @@ def load(source: str, device: torch.device) -> tuple[str, CLIPModel, PreTrainedT
     Raises:
         UserError: it is not there and cannot be downloaded, or is no CLIP.
     """
+    own = {"trust_remote_code": False, "local_files_only": Path(source).is_dir()}  # pickled weights are read as plain tensors
     with from_hub("CLIP", source):
-        model = CLIPModel.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = CLIPModel.from_pretrained(source, dtype=torch.float32, **own)
+        tokenizer = AutoTokenizer.from_pretrained(source, **own)
     return f"{source} (transformers)", model.to(device).eval().requires_grad_(False), tokenizer
 
 

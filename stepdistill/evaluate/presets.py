@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +13,7 @@ import torch
 from .. import perceptual
 from ..data.prompts import read_prompts
 from ..errors import UserError
+from ..foreign import read_json
 from ..show import Line
 from ..sources import check_prompts, suggestion
 from ..tiny.judge import FEATURES as JUDGED
@@ -54,6 +54,7 @@ class Preset:
     source: str = ""  # where prompts and photographs come from
 
 
+CAPTIONS_BYTES = 2**27  # COCO's own are 32 MB
 CAPTIONS = "captions_val2014.json, or a text file of one prompt a line"
 COCO = (
     "captions_val2014.json, of annotations_trainval2014.zip, and the folder val2014, of val2014.zip, both from "
@@ -206,7 +207,7 @@ def read_captions(path: Path) -> list[str]:
             raise UserError(f"--prompts {wrong}")
         return read_prompts(str(path))
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+        said = read_json(path, CAPTIONS_BYTES)["annotations"]
         first = {one["image_id"]: one for one in sorted(said, key=lambda one: one["id"], reverse=True)}  # the lowest id last
         found = [str(first[image]["caption"]).strip() for image in sorted(first)]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -20,6 +20,7 @@ import torch
 from .. import __version__
 from ..assemble import Distillation
 from ..errors import UserError
+from ..foreign import read_json
 
 FORMAT = 1  # of result files
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout
@@ -88,7 +89,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: it is none, or of another version.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         right = result["format"] == FORMAT and isinstance(result["rows"], list) and "compared" in result["provenance"]
     except (OSError, ValueError, KeyError, TypeError):
         right = False

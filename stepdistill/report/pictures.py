@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+
+from ..foreign import read_json
 
 SMALL = 128  # pixels: pictures up to this width are kept exactly, and shown enlarged, each pixel a square
 WIDE, FRAME = 512, 256  # pixels: the greatest width of other pictures; of those of which there is one a training step
@@ -80,7 +81,7 @@ def read_gallery(folder: Path) -> Gallery | None:
             continue  # the guided teacher's say more
         if found := re.fullmatch(r"([a-z_]+)-(\d+)steps(?:-unguided)?", row.name):
             files = {int(file.stem): file for file in row.iterdir() if file.stem.isdecimal()}
-            label = labels.get(row.name, "") if isinstance(labels, dict) else ""
+            label = str(labels.get(row.name, "")) if isinstance(labels, dict) else ""
             strips.append(Strip(found[1], int(found[2]), label, [files.get(k) for k in range(len(prompts))]))
     return Gallery([str(prompt) for prompt in prompts], strips) if any(any(strip.files) for strip in strips) else None
 
@@ -118,7 +119,7 @@ def embed(path: Path | None, width: int = WIDE) -> Embedded | None:
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
-    except OSError:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises on a bad picture
         return None
     if picture.width > width:
         picture = picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.LANCZOS)
@@ -130,6 +131,6 @@ def embed(path: Path | None, width: int = WIDE) -> Embedded | None:
 def _json(path: Path) -> Any:
     """The value in a JSON file; None if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,13 @@ from typing import Any
 
 from ..card import newest_grid
 from ..errors import UserError
+from ..foreign import parse_json, read_json
 from ..recipe import Recipe, load_recipe
 from ..sidecar import SIDECAR, Serving, read_export
+from .figures import COLUMNS
 from .pictures import Film, Gallery, read_film, read_gallery
 
+NUMBERS = {"steps", "nfe", "n", "guidance", "floor"} | {key for c in COLUMNS for key in (c.key, *(c.span or ()))}
 Curve = tuple[list[int], list[float]]  # steps, values
 Row = Mapping[str, Any]  # of a result file: who, steps, nfe, ... and figures
 
@@ -88,15 +90,17 @@ def names(folders: Sequence[Path]) -> list[str]:
 def read_log(path: Path) -> tuple[dict[str, Curve], float]:
     """The curves of log.jsonl, and the seconds that all parts of a run took that was stopped and resumed.
 
-    A line that a crash cut short is left out.
+    A line that a crash cut short, or that is none of ours, is left out.
     """
     curves: dict[str, Curve] = {}
     total = last = 0.0
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             step, seconds = values.pop("step"), values.pop("seconds")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        if not isinstance(step, int) or not all(_is_number(x) for x in (seconds, *values.values())):
             continue
         total += seconds - last if seconds >= last else seconds  # the clock of a resumed run begins again
         last = seconds
@@ -111,14 +115,26 @@ def read_log(path: Path) -> tuple[dict[str, Curve], float]:
 def read_result(path: Path, missing: list[str]) -> Mapping[str, Any] | None:
     """A result file with rows; what is none, or cannot be read, is told in `missing`."""
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = read_json(path)
         rows = made["rows"]
-        if isinstance(made["provenance"], Mapping) and all(isinstance(row, Mapping) and "who" in row for row in rows):
+        if isinstance(made["provenance"], Mapping) and isinstance(rows, list) and all(map(_is_row, rows)):
             return made if rows else None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     missing.append(f"{path} holds no figures that can be read; measure again: stepdistill eval {path.parents[1]}")
     return None
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a row of figures can be shown: who it is of, and numbers where numbers belong."""
+    return isinstance(row, Mapping) and all(
+        isinstance(value, str) if name in ("who", "solver") else value is None or _is_number(value) or name not in NUMBERS
+        for name, value in {"who": None, **row}.items()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _unless(missing: list[str], make) -> Any:

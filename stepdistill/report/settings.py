@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..card_notes import literal
 from ..sidecar import Serving
 
 
 def few_lines(told: Serving, run: Path) -> str:
     """Python that draws a picture, or a video, with stepdistill."""
     arguments = "".join(f", {name}={value!r}" for name, value in told.arguments.items())
-    prompt = json.dumps(told.prompts[0], ensure_ascii=False)
-    lines = ["import stepdistill", "", f"pipe = stepdistill.load_pipeline({json.dumps(str(run), ensure_ascii=False)})"]
+    prompt = literal(told.prompts[0])
+    lines = ["import stepdistill", "", f"pipe = stepdistill.load_pipeline({literal(str(run))})"]
     if told.frames is None:
         lines += [f"image = pipe({prompt}{arguments}).images[0]", 'image.save("picture.png")']
     else:
