@@ -1,12 +1,12 @@
 """Trains for minutes in one process, and watches what the process holds: memory, open files, threads.
 
     python benchmarks/soak.py               # 20 minutes; writes benchmarks/soak.json
-    python benchmarks/soak.py --minutes 3
+    python benchmarks/soak.py --minutes 60
 
-Each round goes on with one run: it loads the teacher and the newest checkpoint, trains, saves, draws grids, exports, evaluates
-and writes the report, as `stepdistill train` does. What is held is looked at every half second. Memory that leaks grows from
-round to round: the slope is that of a line through the rounds' means, for neighbouring samples are much alike; its interval is
-Student's. The first rounds do not count: they import, compile and fill caches.
+It is one `train` of the embedded teacher's student, with its log, trackers, checkpoints and sample grids, which is measured as
+well, once a cycle of steps. Memory is looked at after every step. What leaks grows from cycle to cycle: the slope is that of a
+line through the cycles' means, for neighbouring steps are much alike, and its interval is Student's. The first cycles do not
+count: they import, and fill caches. In the end the process sends itself SIGTERM, which has to save and leave.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +28,12 @@ import numpy as np
 
 RESULTS = Path(__file__).with_suffix(".json")
 MIB = 2**20
-WARM = 2  # rounds that do not count
+WARM = 3  # cycles that do not count
 NOISE = 1.0  # MiB an hour that nobody would notice
 OVERRIDES = (
-    *("data.count=64", "train.batch=4", "train.ema=0.9", "optim.warmup=0", "optim.schedule=constant"),
-    *("train.save_every=15", "train.keep=2", "eval.every=20", "eval.n=80"),
+    *("data.count=64", "train.batch=4", "train.ema=0.9", "train.steps=1000000", "optim.schedule=constant"),
+    *("train.save_every=15", "train.keep=2", "eval.every=20", "eval.steps=[2,1]"),
 )
-STEPS = 60  # of a round
 # two-sided 95 % of Student's distribution, by degrees of freedom; beyond the last one it is nearly normal
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
@@ -44,20 +43,6 @@ def held() -> dict[str, int]:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     files = len(os.listdir("/proc/self/fd")) - 1  # but for the folder itself
     return {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "files": files, "threads": len(os.listdir("/proc/self/task"))}
-
-
-class Watcher(threading.Thread):
-    """Looks every so many seconds at what is held, until it is told to stop."""
-
-    def __init__(self, every: float = 0.5):
-        super().__init__(daemon=True)
-        self.every, self.began, self.round = every, time.monotonic(), 0
-        self.stopped = threading.Event()
-        self.seen: list[tuple[int, float, int]] = []  # round, seconds, bytes
-
-    def run(self) -> None:
-        while not self.stopped.wait(self.every):
-            self.seen.append((self.round, time.monotonic() - self.began, held()["rss"]))
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
@@ -72,56 +57,64 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
 
 
 def judge(seen: Sequence[tuple[int, float, int]], ends: Sequence[dict[str, int]], warm: int = WARM) -> dict[str, Any]:
-    """Figures and verdict. seen: as a Watcher's. ends: what was held at the end of each round."""
-    rounds = sorted({k for k, _, _ in seen if warm <= k < len(ends)})
-    at = [float(np.mean([t for k, t, _ in seen if k == r])) / 3600 for r in rounds]
-    rss = [float(np.mean([x for k, _, x in seen if k == r])) / MIB for r in rounds]
+    """Figures and verdict. seen: cycle, seconds and bytes of every step. ends: what was held at the end of each cycle."""
+    cycles = range(warm, len(ends))
+    at = [float(np.mean([t for k, t, _ in seen if k == cycle])) / 3600 for cycle in cycles]
+    rss = [float(np.mean([x for k, _, x in seen if k == cycle])) / MIB for cycle in cycles]
     per_hour, low, high = slope(at, rss)
+    steps_per_hour = sum(k in cycles[1:] for k, _, _ in seen) / (at[-1] - at[0])
     files, threads = ([end[key] for end in ends[warm:]] for key in ("files", "threads"))
     return {
-        "rounds": len(rounds),
+        "cycles": len(cycles),
         "mib_per_hour": per_hour,
         "low": low,
         "high": high,
-        "mib": rss,
+        "kib_per_step_noticed": (high - per_hour) / steps_per_hour * 1024,  # half of the interval: a greater leak shows
+        "mib": [round(x, 2) for x in rss],
         "files": files,
         "threads": threads,
         "flat": low <= 0 or per_hour < NOISE,
-        "constant": len(set(files)) == 1 and max(threads) <= max(threads[:1]),
+        "constant": len(set(files)) == 1 and max(threads) == threads[0],
     }
 
 
-def soak(minutes: float, folder: Path, leak: int = 0, warm: int = WARM) -> dict[str, Any]:
-    """Train in rounds until the minutes are over, and at least three that count; what `judge` says of them.
+def soak(minutes: float, folder: Path, leak: int = 0, cycle: int = 60, figures: bool = True) -> dict[str, Any]:
+    """Train until the minutes are over, and at least three cycles that count; what `judge` says of them.
 
-    leak: bytes that each step is made to lose, to see whether it is noticed.
+    leak: bytes that each step is made to lose, to see whether it is noticed. cycle: steps. figures: measured in each.
     """
-    from stepdistill import load_recipe, runs
+    from stepdistill import load_recipe
+    from stepdistill.evaluate.evaluation import compare
+    from stepdistill.evaluate.presets import tiny_suite
+    from stepdistill.runs import train
+    from stepdistill.show import Line
     from stepdistill.trainer import Trainer
 
-    lost: list[bytearray] = []
-    honest = Trainer.step
+    began, honest = time.monotonic(), Trainer.step
+    lost: list[bytes] = []
+    seen: list[tuple[int, float, int]] = []
+    ends: list[dict[str, int]] = []
 
-    def leaking(self):
-        lost.append(bytearray(os.urandom(64) * (leak // 64)))
-        return honest(self)
-
-    watcher, ends, steps = Watcher(), [], 0
-    watcher.start()
-    if leak:
-        Trainer.step = leaking
-    try:
-        while len(ends) < warm + 3 or time.monotonic() - watcher.began < 60 * minutes:
-            steps += STEPS
-            runs.train(load_recipe("quickstart", [*OVERRIDES, f"train.steps={steps}"]), folder / "run")
+    def step(self: Trainer) -> dict[str, float]:
+        values = honest(self)
+        lost.append(os.urandom(leak))
+        seen.append((len(ends), time.monotonic() - began, held()["rss"]))
+        if self.at % cycle == 0:
+            if figures:
+                compare(self.distillation, tiny_suite(80), folder / "eval", Line(), steps=[1], against=["none"])
             ends.append(held())
-            watcher.round = len(ends)
+            if len(ends) >= WARM + 3 and time.monotonic() - began > 60 * minutes:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    Trainer.step = step
+    try:
+        train(load_recipe("quickstart", OVERRIDES), folder / "run")
+    except KeyboardInterrupt:
+        pass
     finally:
         Trainer.step = honest
-        watcher.stopped.set()
-        watcher.join()
-    taken = time.monotonic() - watcher.began
-    return judge(watcher.seen, ends, warm) | {"minutes": taken / 60, "steps": steps, "samples": len(watcher.seen)}
+    return judge(seen, ends) | {"minutes": (time.monotonic() - began) / 60, "steps": len(seen)}
 
 
 def commit() -> str:
@@ -141,7 +134,7 @@ def main() -> int:
     made |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "commit": commit()}
     RESULTS.write_text(json.dumps(made, indent=1) + "\n")
     print(
-        f"{made['minutes']:.0f} minutes, {made['steps']} steps, {made['rounds']} rounds: "
+        f"{made['minutes']:.0f} minutes, {made['steps']} steps, {made['cycles']} cycles: "
         f"{made['mib_per_hour']:+.1f} MiB an hour ({made['low']:+.1f} .. {made['high']:+.1f}), open files {set(made['files'])}"
     )
     return 0 if made["flat"] and made["constant"] else 1

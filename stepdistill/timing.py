@@ -1,7 +1,7 @@
 """Where the time of a run goes: seconds by name, and each moment belongs to one name, so that they add up to all of it.
 
-On a CPU a moment is one of the monotonic clock, which never jumps. On a GPU Python only orders work, and goes on: there a moment
-is an event in the order of the work. It is read once the GPU has passed it, and nothing waits for it.
+On a CPU a moment is one of the monotonic clock, which never jumps. On a GPU Python only orders work, and goes on: there it is
+an event in the order of the work, read once the GPU has passed it; nothing waits for it.
 """
 
 from __future__ import annotations
