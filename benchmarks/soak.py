@@ -78,7 +78,7 @@ def judge(seen: Sequence[tuple[int, float, int]], ends: Sequence[dict[str, int]]
     }
 
 
-def soak(minutes: float, folder: Path, leak: int = 0, cycle: int = 60, figures: bool = True) -> dict[str, Any]:
+def soak(minutes: float, folder: Path, leak: int = 0, cycle: int = 40, figures: bool = True) -> dict[str, Any]:
     """Train until the minutes are over, and at least three cycles that count; what `judge` says of them.
 
     leak: bytes that each step is made to lose, to see whether it is noticed. cycle: steps. figures: measured in each.
