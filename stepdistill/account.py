@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from . import distributed
 from .errors import Diverged
+from .files import write_text
 from .show import Line, clock
 from .timing import OTHER, Times
 
@@ -49,9 +49,7 @@ class Account:
         """Write the file, beside and renamed; returns what it holds."""
         made = self.summary(ended)
         if distributed.rank() == 0:
-            beside = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-            beside.write_text(json.dumps(made, indent=1) + "\n")
-            beside.replace(self.file)
+            write_text(self.file, json.dumps(made, indent=1) + "\n")
         return made
 
 

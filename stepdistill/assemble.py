@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .recipe import Recipe, from_tree, load_recipe, strategy_name
 from .roles import Roles, build_roles
 from .sampling import Inference
 from .sections import check_guidance
+from .show import Line
 from .sidecar import SIDECAR, WHOLE, Serving, read_export
 from .strategies import Strategy
 
@@ -49,19 +51,20 @@ class Distillation:
         return roles | modules
 
     @torch.no_grad()
-    def load(self, saved: dict[str, Tensor]) -> None:
+    def load(self, saved: Mapping[str, Tensor]) -> None:
         """Copy saved weights in.
 
         Raises:
             UserError: they are of other names or shapes than this recipe's.
         """
         for name, p in self.tensors().items():
-            if name not in saved or saved[name].shape != p.shape:
+            x = saved.get(name)  # read from the disk at each asking
+            if x is None or x.shape != p.shape:
                 raise UserError(
                     f"the checkpoint has no {name} of shape {list(p.shape)}: it belongs to another recipe; train into "
                     f"another folder with --output, or start over with --resume never"
                 )
-            p.copy_(saved[name])
+            distributed.fill(p, x)
 
     def students(self) -> Roles:
         """The roles as they are sampled: averages stand in for what they average."""
@@ -172,18 +175,19 @@ def restore(folder: Path) -> Distillation:
 
 
 def restore_run(run: Path) -> Distillation:
-    """A run as its newest checkpoint left it.
+    """A run as its newest whole checkpoint left it.
 
     Raises:
-        UserError: the folder is no run, or has no checkpoint yet.
+        UserError: the folder is no run, or has no checkpoint yet, or none that is whole.
     """
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no recipe.yaml; give the folder that `stepdistill train` wrote")
-    newest = checkpoint.latest(run / "checkpoints")
+    newest = distributed.at_first(lambda: checkpoint.newest(run / "checkpoints", Line().say))
     if newest is None:
         raise UserError(f"{run} has no checkpoint yet; train it first: stepdistill train {run / 'recipe.yaml'}")
+    saved, _ = checkpoint.load(newest)  # opened now: a training that goes on may remove it
     loaded = assemble(load_recipe(run / "recipe.yaml", data=False))
-    loaded.load(checkpoint.load(newest)[0])
+    loaded.load(saved)
     return loaded
 
 

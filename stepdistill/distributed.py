@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+
+from .errors import UserError
+
+T = TypeVar("T")
 
 
 def state() -> PartialState:
@@ -73,6 +77,24 @@ def told(value: Any) -> Any:
     if world() == 1:  # asked first: accelerate's function would make a state that does not know of other processes on CPUs
         return value
     return broadcast_object_list([value])[0]
+
+
+def at_first(action: Callable[[], T]) -> T:
+    """What an action gives on the first process, which alone does it, on all of them; all ask at the same point.
+
+    Raises:
+        UserError, OSError: the action did, on all of them.
+    """
+    found, failed = None, None
+    if rank() == 0:
+        try:
+            found = action()
+        except (UserError, OSError) as error:
+            failed = error
+    found, failed = told((found, failed))
+    if failed is not None:
+        raise failed
+    return found
 
 
 def whole(x: Tensor) -> Tensor:

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from .assemble import Distillation, restore_run
 from .card import card, newest_grid
-from .checkpoint import sync
 from .devices import placed, tiled
 from .errors import UserError
 from .evaluate.walks import to_pixels
 from .export_files import WRITERS, lora_state, names
 from .families.load import quiet
+from .files import beside, recover, swap, sync, write_text
 from .foreign import read_json
 from .inference import pipeline_normal, serving
 from .sampling import sample
@@ -79,9 +79,9 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     told = dataclasses.replace(told, files=names(distillation, told, formats))
     if out.exists() and not (out / SIDECAR).is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an export; give a new folder with --out")
-    tmp, old = (out.with_name(f".{out.name}.{word}") for word in ("tmp", "old"))
-    for folder in (tmp, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    tmp = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    recover(out)
     tmp.mkdir(parents=True)
     try:
         for form, files in told.files.items():
@@ -99,14 +99,10 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
             if file.is_file():
                 file.chmod(mode)  # safetensors writes files that nobody else may read
             sync(file)
-        if out.exists():
-            out.rename(old)
-        tmp.rename(out)
+        swap(tmp, out)
     finally:
-        if old.exists() and not out.exists():  # interrupted between the two
-            old.rename(out)
+        recover(out)
         shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return finding
 
 
@@ -116,10 +112,11 @@ def write_card(out: Path, run: Path | None = None) -> None:
     if run is not None and (run / "recipe.yaml").is_file():
         results = [result for file in sorted((run / "eval").glob("*.json")) if (result := figures_in(file)) is not None]
         if grid := newest_grid(run / "samples"):
-            shutil.copyfile(grid, out / "samples.png")
+            with beside(out / "samples.png") as tmp:
+                shutil.copyfile(grid, tmp)
     picture = "samples.png" if (out / "samples.png").is_file() else None
     gallery = [f"{GALLERY}/{file.name}" for file in sorted((out / GALLERY).glob("*.png"))]
-    (out / "README.md").write_text(card(read_export(out), results, picture, gallery), encoding="utf-8")
+    write_text(out / "README.md", card(read_export(out), results, picture, gallery))
 
 
 def figures_in(file: Path) -> Any:

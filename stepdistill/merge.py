@@ -14,6 +14,7 @@ from . import __version__
 from .errors import UserError
 from .families.load import quiet
 from .families.spellings import Layer, read_layers
+from .files import beside
 from .kohya import kohya_state
 from .lora_sources import find_lora
 
@@ -61,7 +62,8 @@ def merge(
     lost = 0.0 if rank is None else relative_error(exact, merged)
     merged = padded(merged)
     about = {"stepdistill": __version__, "sources": told, "rank": rank, "relative_error": lost}
-    save_file(written(merged, form), out, {"format": "pt", "stepdistill.merge": json.dumps(about)})
+    with beside(out) as tmp:
+        save_file(written(merged, form), tmp, {"format": "pt", "stepdistill.merge": json.dumps(about)})
     size = len(next(iter(merged.values())).down)
     how = "exact" if rank is None else f"compressed, relative error {lost:.2g}"
     return f"{out}: {len(parts)} LoRAs, {len(merged)} layers, rank {size}, {how}"

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint, devices, distributed, report
+from . import checkpoint, devices, distributed, files, report
 from .account import Account, accounted
 from .assemble import Distillation, assemble
 from .data import build_batches
 from .devices import placed
 from .errors import Diverged, UserError
 from .evaluate.evaluation import check, evaluate
-from .evaluate.grid import Samples
+from .evaluate.grid import Samples, forget
 from .export import write_card, write_export
 from .inference import recipe_hash, serving
+from .lock import LOCK, held
 from .machine import check_machine
 from .pairs import make_pairs
 from .recipe import Recipe, differences, dump_recipe, load_recipe
 from .show import Line, Log, summary
 from .sidecar import SIDECAR, read_export
+from .stopping import interruptible, stopping
 from .timing import Times
 from .trackers import Trackers, tracking
-from .trainer import Trainer
+from .trainer import Trainer, checkpoint_bytes
 
 FREE = (  # keys that a run may change when it goes on
     *("train.steps", "train.save_every", "train.skip", "train.trackers"),
@@ -56,14 +54,19 @@ class Run:
         return self.folder / "export"
 
     @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
     def step(self) -> int:
-        """Iterations that its newest checkpoint holds."""
-        return max(checkpoint.steps(self.checkpoints), default=0)
+        """Iterations that its newest whole checkpoint holds."""
+        newest = checkpoint.newest(self.checkpoints, Line().say)
+        return 0 if newest is None else checkpoint.step_of(newest)
 
     def finished(self, recipe: Recipe) -> bool:
-        """Whether this recipe was trained to its end, and exported after that."""
-        done = self.step >= recipe.train.steps and (self.export / SIDECAR).is_file()
-        return done and read_export(self.export).recipe_hash == recipe_hash(recipe)
+        """Whether this recipe was trained to its end, exported after that, measured and reported."""
+        done = (self.export / SIDECAR).is_file() and self.report.is_file()
+        return done and read_export(self.export).recipe_hash == recipe_hash(recipe) and self.step >= recipe.train.steps
 
 
 def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto") -> Run:
@@ -75,22 +78,37 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
             a checkpoint to start from.
 
     Raises:
-        UserError: the folder holds a run of another recipe, or the machine lacks what the recipe asks for.
+        UserError: the folder holds a run of another recipe, is being trained in or cannot be written, or the machine lacks
+            what the recipe asks for.
         Diverged: a loss or gradient is not finite; the state before that step is saved.
-        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved (before training: encodings and pairs so far).
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved (before and after training: what is whole stays).
     """
     run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
     check_machine(recipe)
     check(recipe)
-    start = find_start(run, recipe, resume, line)
-    if start is not None and start == checkpoint.latest(run.checkpoints) and run.finished(recipe):
-        line.say(f"{run.folder} is finished ({run.step} steps). Its export: {run.export}")
+    if distributed.at_first(lambda: resume != "never" and nothing_left(run, recipe, resume, line)):
+        line.say(f"{run.folder} is finished ({recipe.train.steps} steps). Its export: {run.export}")
         return run
+    with interruptible():
+        if resume == "never" and distributed.told((run.folder / "recipe.yaml").is_file()):
+            move_aside(run, line)
+        with held(run.folder):
+            train_alone(run, recipe, resume, line)
+    return run
+
+
+def train_alone(run: Run, recipe: Recipe, resume: str, line: Line) -> None:
+    """`train`, where nobody else trains in the run's folder."""
+
+    def begin() -> Path | None:
+        checkpoint.tidy(run.checkpoints)
+        return None if resume == "never" else find_start(run, recipe, resume, line)
+
     times = Times(distributed.device())
+    start = distributed.at_first(begin)
     distillation = assemble(recipe)
     serving(distillation)  # what no stock pipeline can sample is refused before any work
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    distributed.at_first(lambda: prepare(run, recipe, start, checkpoint_bytes(distillation), line))
 
     pairs = Path(recipe.pairs.folder or run.folder / "pairs")
     if "pairs" in recipe.strategy.needs and recipe.pairs.folder is None:
@@ -107,6 +125,7 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
         with placed(idle(distillation), devices.IDLE):
             loop(run, trainer, samples, trackers, account, line)
 
+        run.report.unlink(missing_ok=True)  # its being there says that all that follows is done
         with times("saving"):
             line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
         if recipe.eval.n:
@@ -115,7 +134,6 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
             write_card(run.export, run.folder)
     if distributed.rank() == 0:
         line.say(f"report: {report.write([run.folder])}")
-    return run
 
 
 def idle(distillation: Distillation) -> list[nn.Module]:
@@ -128,18 +146,17 @@ def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, accou
     """Step until train.steps, with the log, sample grids and checkpoints on the way."""
     recipe = trainer.recipe
     main = distributed.rank() == 0
-    log, began, first = Log(run.folder, trainer.at), time.monotonic(), trainer.at
+    log, began, first = Log(run.folder, trainer.at, line), time.monotonic(), trainer.at
     if recipe.eval.every and trainer.at == 0 and main:
         with trainer.times("evaluation"):
-            trackers.grid(samples(0), 0)
+            show(samples, trackers, 0, line)
     with stopping() as stop:
         while trainer.at < recipe.train.steps:
             stage = trainer.stage
             try:
                 values = trainer.step()
             except Diverged as error:
-                path = trainer.save(run.checkpoints)
-                raise Diverged(error.player, error.tensor, error.step, path) from None
+                raise Diverged(error.player, error.tensor, error.step, saved(trainer, run, line)) from None
             if trainer.stage != stage and trainer.strategy.stages > 1:
                 line.say(f"stage {trainer.stage + 1} of {trainer.strategy.stages}")
             seconds = time.monotonic() - began
@@ -150,35 +167,62 @@ def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, accou
             trackers.log(values, trainer.at)
             left = seconds / (trainer.at - first) * (recipe.train.steps - trainer.at)
             line(summary(trainer.at, recipe.train.steps, left, values), final=trainer.at == recipe.train.steps)
-            done = trainer.at == recipe.train.steps
-            if done or stop or trainer.at % recipe.train.save_every == 0:
+            done, stopped = trainer.at == recipe.train.steps, distributed.anyone(bool(stop))
+            if done or stopped or trainer.at % recipe.train.save_every == 0:
                 with trainer.times("saving"):
                     path = trainer.save(run.checkpoints)
                 account.write()
-            if stop and not done:
+            if stopped and not done:
                 line.say(f"stopped at step {trainer.at}; saved {path}. The same command goes on from there.")
                 raise KeyboardInterrupt
             if recipe.eval.every and main and (done or trainer.at % recipe.eval.every == 0):
                 with trainer.times("evaluation"):
-                    trackers.grid(samples(trainer.at), trainer.at)
+                    show(samples, trackers, trainer.at, line)
     log.close()
 
 
+def show(samples: Samples, trackers: Trackers, step: int, line: Line) -> None:
+    """A grid of samples; a disk that does not take it is told of, and no reason to lose a training."""
+    try:
+        trackers.grid(samples(step), step)
+    except OSError as error:
+        line.say(f"warning: no samples of step {step} could be written ({error}); training goes on")
+
+
+def saved(trainer: Trainer, run: Run, line: Line) -> Path | None:
+    """The last good state of a training that diverged; None: the disk did not take it, which is told."""
+    try:
+        return trainer.save(run.checkpoints)
+    except UserError as error:
+        line.say(str(error))
+        return None
+
+
+def nothing_left(run: Run, recipe: Recipe, resume: str, line: Line) -> bool:
+    """Whether the run is finished, and is what is to be gone on from."""
+    if not run.finished(recipe):
+        return False
+    return find_start(run, recipe, resume, line) == checkpoint.newest(run.checkpoints, line.say)
+
+
+def move_aside(run: Run, line: Line) -> None:
+    """Rename the folder of an old run, in which nobody may train."""
+    with held(run.folder):
+        if distributed.rank() == 0:
+            aside = files.set_aside(run.folder, "old")
+            (aside / LOCK).unlink()
+            line.say(f"moved the old run to {aside}")
+
+
 def find_start(run: Run, recipe: Recipe, resume: str, line: Line) -> Path | None:
-    """The checkpoint to start from, by the rules of `train`; None: from nothing."""
-    if resume not in ("auto", "never"):
+    """The checkpoint to start from, by the rules of `train`, whole to the last byte; None: from nothing."""
+    if resume != "auto":
         path = Path(resume)
-        path = path if (path / "state.json").is_file() else checkpoint.latest(path / "checkpoints")
+        path = checkpoint.check(path) if checkpoint.is_one(path) else checkpoint.newest(path / "checkpoints", line.say)
         if path is None:
             raise UserError(f"--resume {resume}: no checkpoint there; give a run folder or one of its checkpoints/<step>")
         return path
     if not (run.folder / "recipe.yaml").is_file():
-        return None
-    if resume == "never":
-        n = next(n for n in range(1, 10_000) if not run.folder.with_name(f"{run.folder.name}.old-{n}").exists())
-        aside = run.folder.with_name(f"{run.folder.name}.old-{n}")
-        run.folder.rename(aside)
-        line.say(f"moved the old run to {aside}")
         return None
     changed = [key for key in differences(run.recipe, recipe) if not key.startswith(FREE)]
     if changed:
@@ -186,34 +230,20 @@ def find_start(run: Run, recipe: Recipe, resume: str, line: Line) -> Path | None
             f"{run.folder} holds a run of another recipe; they differ in {', '.join(changed)}. "
             f"Use --output for another folder, or --resume never to move the old one aside."
         )
-    return checkpoint.latest(run.checkpoints)
+    return checkpoint.newest(run.checkpoints, line.say)
 
 
-class Stop:
-    """True once somebody asked the process to stop."""
+def prepare(run: Run, recipe: Recipe, start: Path | None, needed: int, line: Line) -> None:
+    """Make the folder ready for training from `start`, whose checkpoints take about `needed` bytes: what is of later steps,
+    unfinished or damaged goes out of the way.
 
-    asked = False
-
-    def __bool__(self) -> bool:
-        return self.asked
-
-
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into a flag; the second one interrupts at once."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(_signal, _frame):
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    Raises:
+        UserError: no checkpoint fits on the disk.
+    """
+    checkpoint.check_space(run.checkpoints, needed, recipe.train.keep, line.say)
+    files.sweep(run.folder)
+    files.recover(run.export)
+    for path in checkpoint.set_aside(run.checkpoints, start):
+        line.say(f"set aside what this training does not go on from: {path}")
+    forget(run.folder / "samples", 0 if start is None else checkpoint.step_of(start))
+    files.write_text(run.folder / "recipe.yaml", dump_recipe(recipe))

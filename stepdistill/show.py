@@ -6,8 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from .files import write_text
 
 BLANKS = "\u00a0\u3000\u200c\u200d"  # that do not print, but that languages and emoji need
 
@@ -72,29 +75,44 @@ class Line:
         self.stream.flush()
 
 
+HELD = 2**20  # bytes of log lines that wait for a disk that is full
+
+
 class Log:
     """Every step in folder/log.jsonl; steps that a resumed run does again are dropped first."""
 
-    def __init__(self, folder: Path, at: int):
-        path = folder / "log.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= at] if path.is_file() else []
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a")
+    def __init__(self, folder: Path, at: int, line: Line):
+        self.path, self.line, self.failed = folder / "log.jsonl", line, False
+        old = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+        write_text(self.path, "".join(text + "\n" for text in old if _step(text) <= at))
+        self.file = self.path.open("ab", buffering=HELD)
 
     def __call__(self, step: int, seconds: float, values: dict[str, float], rest: Mapping[str, Any] | None = None) -> None:
         """values: of players, as who/what. rest: what else is to be known of this step."""
-        self.file.write(json.dumps({"step": step, "seconds": round(seconds, 3), **values, **(rest or {})}) + "\n")
-        self.file.flush()
+        self.attempt(json.dumps({"step": step, "seconds": round(seconds, 3), **values, **(rest or {})}).encode() + b"\n")
+
+    def attempt(self, text: bytes) -> None:
+        """Write a line. One that a full disk does not take waits, HELD bytes of them at most, for the next, whole as it is."""
+        try:
+            self.file.write(text)
+            self.file.flush()
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                self.line.say(f"warning: {self.path} cannot be written ({error.strerror or error}); training goes on without")
+            self.failed = True
 
     def close(self) -> None:
-        self.file.close()
+        self.attempt(b"")
+        with suppress(OSError):  # has been told
+            self.file.close()
 
 
 def _step(line: str) -> float:
     """The step of a log line; a line cut short by a crash counts as the future."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

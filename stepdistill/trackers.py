@@ -17,6 +17,7 @@ from PIL import Image
 from . import distributed
 from .errors import UserError
 from .extras import installed, require
+from .files import write_text
 from .recipe import dump_recipe, to_tree
 from .sections import Recipe
 from .show import Line
@@ -146,7 +147,7 @@ def wandb_settings(folder: Path) -> dict[str, Any]:
     file = folder / "wandb" / "run-id.txt"
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:8])
+        write_text(file, uuid.uuid4().hex[:8])
     mode = os.environ.get("WANDB_MODE", "offline")
     return {
         "dir": str(folder),

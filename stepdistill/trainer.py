@@ -183,10 +183,10 @@ class Trainer:
                 decay = min(self.recipe.train.ema, (1 + age) / (10 + age))
                 self.roles[name + AVERAGE].follow(self.roles[name], decay)
 
-    def save(self, folder: Path) -> Path:
-        """A checkpoint from which training goes on bit for bit."""
+    def save(self, folder: Path, score: float | None = None) -> Path:
+        """A checkpoint from which training goes on bit for bit; score: what it is worth, the lower the better, if known."""
         tensors = self.distillation.tensors() | dict(self.moments())
-        meta = {"stage": self.stage, "opened": self.opened, "skips": self.skips}
+        meta = {"stage": self.stage, "opened": self.opened, "skips": self.skips, "score": score}
         return checkpoint.save(folder, self.at, tensors, meta, self.recipe.train.keep)
 
     def load(self, path: Path) -> None:
@@ -199,7 +199,7 @@ class Trainer:
         self.open(meta["stage"], enter=False)
         for who, optimizer in self.optimizers.items():
             mark = f"optimizers/{who}/"
-            load_moments(optimizer, {name.removeprefix(mark): x for name, x in tensors.items() if name.startswith(mark)})
+            load_moments(optimizer, {name.removeprefix(mark): tensors[name] for name in tensors if name.startswith(mark)})
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizers' state by name."""
@@ -217,3 +217,10 @@ def numbers(*groups: dict[str, Tensor]) -> tuple[dict[str, float], ...]:
         return groups
     means = iter(distributed.mean(torch.stack(values)).tolist())
     return tuple({name: next(means) for name in group} for group in groups)
+
+
+def checkpoint_bytes(distillation: Distillation) -> int:
+    """About what a checkpoint takes on disk: weights, and two moments of all that may be trained."""
+    tensors = distillation.tensors()
+    trained = {name: x for name, x in tensors.items() if f"{AVERAGE}/" not in name}
+    return checkpoint.size(tensors) + 2 * checkpoint.size(trained)

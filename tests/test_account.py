@@ -76,7 +76,7 @@ def test_a_damaged_summary_is_begun_anew(tmp_path, text):
 
 
 def test_a_full_disk_hides_neither_the_table_nor_what_ended_the_run(tmp_path, monkeypatch, capsys):
-    def full(self, *_):
+    def full(self, *_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     _, account = began(tmp_path)

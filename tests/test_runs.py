@@ -34,9 +34,9 @@ def recipe(file, *overrides):
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    from stepdistill.checkpoint import latest, load
+    from stepdistill.checkpoint import load, newest
 
-    return load(latest(run.checkpoints))[0]
+    return load(newest(run.checkpoints))[0]
 
 
 def test_a_run_writes_what_the_contract_names_and_then_says_it_is_finished(recipe_file, capsys):

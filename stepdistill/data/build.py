@@ -12,13 +12,14 @@ import torch
 from .. import __version__, distributed
 from ..errors import UserError
 from ..families.base import Family
+from ..files import giga
 from ..lora_sources import find_lora, identities
 from ..recipe import Recipe
 from ..show import Line
 from ..sources import embedded_models, identity
 from .batches import Batches
 from .buckets import Bucket, bucket_sizes
-from .cache import Cache, Column, Memory, Store, disk, giga
+from .cache import Cache, Column, Memory, Store, disk
 from .pairs import read_pairs
 from .pictures import read_pictures, store_pictures
 from .prompts import read_prompts

@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,11 +20,10 @@ from torch import Tensor
 
 from .. import distributed
 from ..errors import UserError
+from ..files import beside, free, giga, sweep, write_text
 from ..show import Line
-from .pairs import put
 
 ENTRIES, BYTES, SECONDS = 256, 2**28, 30.0  # a file is written at so many entries, so large, or after so long
-STALE = 3600.0  # seconds after which an unfinished file is nobody's
 Entry = dict[str, Tensor]
 
 
@@ -80,14 +76,9 @@ class Cache:
         self.began = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         if distributed.rank() == 0:
-            for left in self.folder.glob(".*.tmp"):
-                with suppress(FileNotFoundError):  # another run has just finished it
-                    if time.time() - left.stat().st_mtime > STALE:
-                        left.unlink()
+            sweep(self.folder)
             if not (self.folder / "made.json").is_file():
-                tmp = self.folder / f".made.{secrets.token_hex(4)}.tmp"
-                tmp.write_text(json.dumps(settings, indent=1))
-                put(tmp, self.folder / "made.json")
+                write_text(self.folder / "made.json", json.dumps(settings, indent=1))
         self.list()
 
     def __contains__(self, key: str) -> bool:
@@ -123,18 +114,15 @@ class Cache:
     def write(self) -> None:
         """One file of all that waits: written beside, synced, and renamed."""
         if self.waiting:
-            name = f"{key_of(*self.waiting)}.safetensors"
-            tmp = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
-            save_file({f"{key}/{n}": x.contiguous() for key, entry in self.waiting.items() for n, x in entry.items()}, tmp)
-            put(tmp, self.folder / name)
+            with beside(self.folder / f"{key_of(*self.waiting)}.safetensors") as tmp:
+                save_file({f"{key}/{n}": x.contiguous() for key, entry in self.waiting.items() for n, x in entry.items()}, tmp)
         self.waiting, self.began = {}, time.monotonic()
 
     def check_space(self, needed: int) -> None:
         """Raises UserError if so many bytes more do not fit on the disk."""
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if needed > (left := free(self.folder)):
             raise UserError(
-                f"{self.folder} needs {giga(needed)} more, but only {giga(free)} of its disk are free; set data.cache to a "
+                f"{self.folder} needs {giga(needed)} more, but only {giga(left)} of its disk are free; set data.cache to a "
                 f"folder on a larger disk, or lower data.count"
             )
 
@@ -204,11 +192,6 @@ def fill(
 
 def bytes_of(entries: dict[str, Entry]) -> int:
     return sum(x.nbytes for entry in entries.values() for x in entry.values())
-
-
-def giga(size: int) -> str:
-    """A number of bytes in words."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def disk(folder: Path) -> int:

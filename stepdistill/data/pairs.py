@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import sync
 from ..errors import UserError
+from ..files import beside, write_text
 from ..foreign import parse_json, read_json, shaped
 from ..sources import PAIRS, shards
 
@@ -40,9 +40,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{folder} has pairs of other settings: {told}; set them back, or name another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tmp = folder / f".{PAIRS}.tmp"
-    tmp.write_text(json.dumps(settings, indent=1))
-    put(tmp, folder / PAIRS)
+    write_text(folder / PAIRS, json.dumps(settings, indent=1))
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -60,16 +58,8 @@ def manifest(folder: Path) -> dict[str, Any]:
 def write_shard(path: Path, prompts: list[str], noise: Tensor, x0: Tensor, seeds: list[int]) -> None:
     """One shard: n prompts, noise and x0 [n, ...], n seeds; written beside, synced, and renamed."""
     tensors = {"noise": noise, "x0": x0, "seed": torch.tensor(seeds)}
-    tmp = path.with_name(f".{path.name}.tmp")
-    save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, tmp, {"prompts": json.dumps(prompts)})
-    put(tmp, path)
-
-
-def put(tmp: Path, path: Path) -> None:
-    """Let a written file take its name once it is on the disk."""
-    sync(tmp)
-    tmp.rename(path)
-    sync(path.parent)
+    with beside(path) as tmp:
+        save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, tmp, {"prompts": json.dumps(prompts)})
 
 
 def read_pairs(folder: Path) -> tuple[list[str], Tensor, Tensor]:

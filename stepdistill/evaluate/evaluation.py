@@ -15,6 +15,7 @@ from .. import distributed
 from ..assemble import Distillation, restore
 from ..data.texts import Texts
 from ..errors import UserError
+from ..files import set_aside
 from ..recipe import Recipe
 from ..show import Line
 from ..sources import EMBEDDED_DATA
@@ -153,10 +154,9 @@ def written_before(path: Path, about: Mapping[str, Any], line: Line) -> list[Row
     found = old is not None and not provenance.differences(old["provenance"], about)
     distributed.wait()
     if not found and first():
-        n = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.old-{n}").exists())
         other = provenance.differences(old["provenance"], about) if old else []
         why = "; ".join(f"{name} {a}, now {b}" for name, a, b in other)
-        aside = path.rename(path.with_name(f"{path.name}.old-{n}"))
+        aside = set_aside(path, "old")
         line.say(f"moved figures that do not compare with these to {aside}{why and f' ({why})'}")
     return old["rows"] if found else []
 

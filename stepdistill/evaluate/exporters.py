@@ -21,6 +21,7 @@ from .. import __version__, distributed
 from ..assemble import Distillation, restore
 from ..data.texts import CHUNK, Texts
 from ..errors import UserError
+from ..files import put, write_text
 from ..show import Line
 from ..sources import suggestion
 from .candidates import Candidate, student
@@ -184,9 +185,7 @@ def open_folder(out: Path, wanted: dict[str, Any]) -> None:
     distributed.wait()  # until every process has looked
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{ABOUT}.tmp")
-        part.write_text(json.dumps({"pictures": wanted, "stepdistill": __version__}, indent=1), encoding="utf-8")
-        part.replace(file)
+        write_text(file, json.dumps({"pictures": wanted, "stepdistill": __version__}, indent=1))
     distributed.wait()
 
 
@@ -203,7 +202,7 @@ def draw(distillation: Distillation, walk, layout: Layout, entries: list[Entry],
             entry, part = entries[p], out / f".{entries[p].name}.tmp"
             shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
             layout.write(part, entry, pictures([entry.prompt] * EACH, EACH * p))
-            part.rename(out / entry.name)
+            put(part, out / entry.name)
             done += 1
             if first:
                 line.report("prompts drawn", done, len(mine))

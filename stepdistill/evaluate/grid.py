@@ -7,6 +7,7 @@ The folder holds <step>.png, a grid with labels; and in pictures/teacher and pic
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..assemble import Distillation
 from ..data.prompts import read_prompts
 from ..data.texts import Texts
+from ..files import beside, write_text
 from ..sampling import Inference, trailing
 from ..show import Line
 from .walks import Walk, sampler, student_walk
@@ -52,7 +54,8 @@ class Samples:
                 rows.append((f"student\n{plural(n)}\nat iteration {step}", made))
                 self.keep(f"{step:06d}", f"student-{n}steps", rows[-1][0], made)
         path = self.folder / f"{step:06d}.png"
-        draw_grid(rows, self.prompts).save(path)
+        with beside(path) as tmp:
+            draw_grid(rows, self.prompts).save(tmp, "PNG")
         self.warn_if_inert(step)
         return path
 
@@ -63,10 +66,10 @@ class Samples:
     def keep(self, shelf: str, row: str, label: str, pictures: np.ndarray) -> None:
         """Write a row's pictures one by one, and note their prompts and the row's label beside them."""
         keep_pictures(self.folder / "pictures" / shelf / row, pictures)
-        (self.folder / "pictures" / shelf / "prompts.json").write_text(json.dumps(self.prompts), encoding="utf-8")
+        write_text(self.folder / "pictures" / shelf / "prompts.json", json.dumps(self.prompts))
         notes = self.folder / "pictures" / shelf / "labels.json"
         labels = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-        notes.write_text(json.dumps(labels | {row: label.replace("\n", ", ")}), encoding="utf-8")
+        write_text(notes, json.dumps(labels | {row: label.replace("\n", ", ")}))
 
     def teacher_walk(self, n: int) -> Walk:
         """First-order steps of the guided teacher."""
@@ -108,7 +111,18 @@ def keep_pictures(folder: Path, pictures: np.ndarray) -> None:
         if picture.width > KEPT:
             picture = picture.resize((KEPT, round(picture.height * KEPT / picture.width)), Image.LANCZOS)
         kind, options = ("png", {}) if picture.width <= CELL else ("webp", {"quality": 90})
-        picture.save(folder / f"{k:05d}.{kind}", **options)
+        with beside(folder / f"{k:05d}.{kind}") as tmp:
+            picture.save(tmp, kind, **options)
+
+
+def forget(folder: Path, at: int) -> None:
+    """Remove the samples of steps later than `at`, which a resumed run makes again."""
+    later = [file for file in folder.glob("*.png") if file.stem.isdecimal() and int(file.stem) > at]
+    shelves = [shelf for shelf in folder.glob("pictures/*") if shelf.name.isdecimal() and int(shelf.name) > at]
+    for file in later:
+        file.unlink()
+    for shelf in shelves:
+        shutil.rmtree(shelf)
 
 
 def draw_grid(rows: list[tuple[str, np.ndarray]], prompts: list[str]) -> Image.Image:

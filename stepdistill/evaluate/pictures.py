@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files import write_text
+
 KEY = "key.txt"  # beside the pictures: changes with whatever they depend on
 
 
@@ -19,7 +21,7 @@ def save(folder: Path, pictures: np.ndarray, key: str) -> None:
     folder.mkdir(parents=True)
     for k, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"{k:05d}.png")
-    (folder / KEY).write_text(key)
+    write_text(folder / KEY, key)  # last: without it the pictures are nobody's
 
 
 def load(folder: Path, n: int, key: str) -> np.ndarray | None:
@@ -36,4 +38,4 @@ def save_prompts(folder: Path, prompts: Sequence[str]) -> None:
     if file.is_file() and file.read_text(encoding="utf-8") != text:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_text(file, text)

@@ -20,6 +20,7 @@ import torch
 from .. import __version__
 from ..assemble import Distillation
 from ..errors import UserError
+from ..files import write_text
 from ..foreign import read_json
 
 FORMAT = 1  # of result files
@@ -99,11 +100,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, rows: list[dict[str, Any]], provenance: Mapping[str, Any]) -> None:
-    """Write a result file beside its place, and move it there."""
+    """Write a result file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps({"format": FORMAT, "rows": rows, "provenance": provenance}, indent=1), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, json.dumps({"format": FORMAT, "rows": rows, "provenance": provenance}, indent=1))
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

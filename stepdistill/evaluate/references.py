@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 
 from .. import distributed
 from ..errors import UserError
+from ..files import beside
 from ..show import Line
 from ..sources import EMBEDDED_DATA, PICTURES
 from ..tiny.judge import judge_key
@@ -231,9 +231,8 @@ def save_reference(made: Reference, path: Path) -> None:
     if made.features is not None:
         tensors["features"] = torch.from_numpy(np.ascontiguousarray(made.features))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, part, {"format": FORMAT, "about": json.dumps(made.about)})
-    part.replace(path)
+    with beside(path) as tmp:
+        save_file(tensors, tmp, {"format": FORMAT, "about": json.dumps(made.about)})
 
 
 def load_reference(path: Path) -> Reference:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from .. import distributed
+from ..files import beside
 
 Rows = dict[str, np.ndarray]  # name -> [N, ...]
 BLOCK = 128  # pictures of a block: what an interruption loses at most, and what one process makes at a time
@@ -31,9 +32,9 @@ def fill(folder: Path, spans: Sequence[range], make: Callable[[range], Rows]) ->
     for span in share(spans):
         file = path(folder, span)
         if not whole(file):
-            beside = file.with_suffix(".tmp")
-            save_file({name: np.ascontiguousarray(x) for name, x in make(span).items()}, beside)
-            beside.replace(file)
+            made = {name: np.ascontiguousarray(x) for name, x in make(span).items()}
+            with beside(file) as tmp:
+                save_file(made, tmp)
         yield len(span)
 
 

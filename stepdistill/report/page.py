@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from .. import __version__
 from ..card import snippet
 from ..errors import UserError
+from ..files import write_text
 from ..recipe import strategy_name
 from . import figures, pictures, plots, settings
 from .curves import drawn, health
@@ -44,9 +44,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     runs = [read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
     refuse_unlike(runs)
     text = render(runs)
-    beside = out.with_name(f".{out.name}.{os.getpid()}")  # a report that is cut short replaces none
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(out)
+    write_text(out, text)
     return out
 
 
