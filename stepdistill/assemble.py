@@ -40,6 +40,17 @@ class Distillation:
     roles: Roles
     known: tuple[int, ...] | None = None  # the only numbers of steps in which its students can be sampled; None: no such limit
 
+    @property
+    def together(self) -> bool:
+        """Whether its networks are shared out among processes, so that they run when all of them run them, and never else."""
+        return self.recipe.train.shard is not None and distributed.world() > 1
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that may ever be trained, named as in `tensors`."""
+        roles = {f"roles/{who}/{name}": p for who, role in self.roles.items() for name, p in role.named_parameters().items()}
+        modules = self.strategy.modules().items()
+        return roles | {f"modules/{key}/{name}": p for key, module in modules for name, p in module.named_parameters()}
+
     def tensors(self) -> dict[str, Tensor]:
         """All weights that training may change, by name: roles/student/..., modules/head/..."""
         roles = {f"roles/{who}/{name}": p for who, role in self.roles.items() for name, p in role.named_parameters().items()}
@@ -108,8 +119,8 @@ def assemble(recipe: Recipe) -> Distillation:
         UserError: the pipeline is unknown and cannot be found out, its teacher cannot be guided as the strategy wants, or a
             LoRA of the recipe is not of it.
     """
-    where = distributed.device()
-    model, train = recipe.model, recipe.train
+    model, train, where = recipe.model, recipe.train, distributed.device()
+    together = train.shard is not None and distributed.world() > 1
     dtype, data = getattr(torch, model.dtype), recipe.data
     loras = [find_lora(lora) for lora in model.loras]
     family = load_family(
@@ -118,7 +129,7 @@ def assemble(recipe: Recipe) -> Distillation:
         model.revision,
         model.variant,
         model.quantize,
-        where,
+        "cpu" if together else where,  # what is sharded goes to the device in parts
         data.size,
         data.frames,
         loras,
@@ -142,12 +153,27 @@ def assemble(recipe: Recipe) -> Distillation:
     )
     for name in averaged:
         roles[name + AVERAGE].follow(roles[name])
+    if together:
+        share_out(family, roles, train.shard, where)
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(train.seed, "setup"))
         strategy.setup(roles)
     for module in strategy.modules().values():
         module.to(where)
     return Distillation(recipe, family, strategy, roles)
+
+
+def share_out(family: Family, roles: Roles, how: str, where: torch.device) -> None:
+    """Shard the networks of all roles, and put what is not sharded on the device. Adapters stay whole: they are small."""
+    from .sharding import make_mesh, shard  # a second of imports, which one process is spared
+
+    mesh = make_mesh(how)
+    nets = {id(role.net): role.net for role in roles.values()}.values()
+    adapters = [p for role in roles.values() if not role.whole for p in role.parameters()]
+    for net in nets:
+        shard(net, mesh, family.feature_block(net), adapters)
+        net.to(where)
+    family.pipe.to(where)
 
 
 def check_pictures(family: Family, recipe: Recipe) -> None:
@@ -220,7 +246,7 @@ def restore_export(folder: Path) -> Distillation:
             for name, x in weights.items():
                 if x.shape != parameters[name].shape:  # copy_ would stretch some
                     raise UserError(f"{folder}: files and recipe do not agree about the shape of {name}; export the run again")
-                parameters[name].copy_(x)
+                distributed.fill(parameters[name], x)
     shared_out = len(told.worn) < len(found) * len(made.family.networks)
     return dataclasses.replace(made, known=tuple(told.samplers)) if shared_out else made
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +17,19 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
-T = TypeVar("T")
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+TIMEOUT = timedelta(hours=1)  # that processes wait for each other: longer than what the first one ever does alone
+
+
+class Lost(RuntimeError):
+    """Another process failed, and says why itself."""
 
 
 def state() -> PartialState:
     """What accelerate knows of this process; of several processes on a machine without accelerator only if it is told so."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    several = {"timeout": TIMEOUT} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
+    return PartialState(cpu=not torch.accelerator.is_available(), **several)
 
 
 def device() -> torch.device:
@@ -35,22 +45,59 @@ def world() -> int:
     return state().num_processes
 
 
-def backward(loss: Tensor, params: Iterable[nn.Parameter]) -> None:
-    """Accumulate the gradient of loss into params alone: nothing leaks into whoever else took part."""
-    loss.backward(inputs=list(params))
+def backward(loss: Tensor, params: Sequence[nn.Parameter], others: Sequence[nn.Parameter] = ()) -> None:
+    """Accumulate the gradient of loss into params alone: nothing leaks into whoever else took part.
+
+    others: parameters that require gradients as well. Into sharded ones autograd cannot be told not to go: their gradients
+    are set aside meanwhile.
+    """
+    if not any(map(sharded, params)):
+        loss.backward(inputs=list(params))
+        return
+    aside = [p.grad for p in others]
+    for p in others:
+        p.grad = None
+    loss.backward()
+    for p, grad in zip(others, aside, strict=True):
+        p.grad = grad
+
+
+def sharded(x: Tensor) -> bool:
+    """Whether this process holds a share of a tensor only. Gradients of such parameters are means over processes already."""
+    module = sys.modules.get("torch.distributed.tensor")  # whose import takes a second; without it nothing was sharded
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return x.to_local() if sharded(x) else x
 
 
 @torch.no_grad()
 def mean_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over processes, in one all-reduce."""
-    if world() == 1:
+    """Replace each gradient of which every process has its own by their mean, in one all-reduce."""
+    grads = [p.grad for p in params if not sharded(p)]
+    if world() == 1 or not grads:
         return
-    grads = [p.grad for p in params]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= world()
     for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         g.copy_(part.view_as(g))
+
+
+@torch.no_grad()
+def norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Of all of them together: those of which every process has all, and those that are sharded."""
+    kinds = {kind: [x for x in tensors if sharded(x) == kind] for tensors in [list(tensors)] for kind in (False, True)}
+    norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds.values() if kind]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def clip(params: Iterable[nn.Parameter], norm: float, limit: float) -> None:
+    """Scale gradients whose norm together is `norm` down to the norm `limit`, if it is greater."""
+    torch._foreach_mul_([local(p.grad) for p in params], min(1.0, limit / (norm + 1e-6)))
 
 
 @torch.no_grad()
@@ -79,7 +126,7 @@ def told(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def at_first(action: Callable[[], T]) -> T:
+def at_first(action: Callable[[], Result]) -> Result:
     """What an action gives on the first process, which alone does it, on all of them; all ask at the same point.
 
     Raises:
@@ -99,13 +146,20 @@ def at_first(action: Callable[[], T]) -> T:
 
 def whole(x: Tensor) -> Tensor:
     """A tensor of which each process may hold a share: all of it, on every process, all of which ask at the same point."""
-    return x
+    return x.full_tensor() if sharded(x) else x
 
 
 @torch.no_grad()
 def fill(x: Tensor, values: Tensor) -> None:
-    """Copy the values of a whole tensor into one of which each process may hold a share."""
-    x.copy_(values)
+    """Copy the values of a whole tensor into one of which each process may hold a share. Nothing is communicated."""
+    local(x).copy_(share_of(values, x) if sharded(x) else values)
+
+
+def share_of(values: Tensor, x: Tensor) -> Tensor:
+    """This process's share of a whole tensor, which is shared out as x is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(values.to(x.device), x.device_mesh, x.placements, src_data_rank=None).to_local()
 
 
 def wait() -> None:
@@ -113,8 +167,37 @@ def wait() -> None:
     state().wait_for_everyone()
 
 
+def share(items: Sequence[Item], together: bool = False) -> Sequence[Item]:
+    """Those of a job that fall to this process, each `world`-th; of processes that work together all do all."""
+    return items if together else items[rank() :: world()]
+
+
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """The first process goes ahead, the others follow when it is through: they find in a cache what it put there."""
-    with state().main_process_first():
+    """The first process goes ahead, the others follow when it is through: they find in a cache what it put there.
+
+    Raises:
+        Lost: in the others, if it failed.
+    """
+    if rank() > 0:
+        if not told(None):
+            raise Lost("the first process failed while the others waited for it")
         yield
+        return
+    fine = False
+    try:
+        yield
+        fine = True
+    finally:
+        told(fine)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says no more than that another process is gone."""
+    return isinstance(error, Lost | dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def leave() -> None:
+    """Take leave of the other processes, at the end of all work."""
+    if dist.is_available() and dist.is_initialized():
+        state().destroy_process_group()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .extras import require
 from .sections import Optim
 
@@ -21,8 +22,10 @@ def build_optimizer(params: Sequence[nn.Parameter], optim: Optim) -> torch.optim
     Raises:
         UserError: the package of that optimizer is not installed.
     """
+    kinds = {kind: [p for p in params if distributed.sharded(p) == kind] for kind in (False, True)}
+    groups = [{"params": kind} for kind in kinds.values() if kind]  # no operation takes both
     if optim.optimizer == "adamw":
-        return torch.optim.AdamW(params, betas=optim.betas, weight_decay=optim.weight_decay)
+        return torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
     require("bitsandbytes", "optim.optimizer adamw8bit")
     from bitsandbytes.optim import AdamW8bit
 
@@ -31,11 +34,24 @@ def build_optimizer(params: Sequence[nn.Parameter], optim: Optim) -> torch.optim
     return AdamW8bit(params, betas=optim.betas, weight_decay=optim.weight_decay)
 
 
-def moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """All of an optimizer's state, by the number of its parameter and a name, as in 0/exp_avg; whole numbers are int64."""
+def moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Iterator[tuple[str, Tensor]]:
+    """All of an optimizer's state, by the name of its parameter and its own, as in roles/student/.../exp_avg; whole numbers are
+    int64.
+
+    names: of parameters, by their id.
+    """
+    of = names_in_order(optimizer, names)
     for i, state in optimizer.state_dict()["state"].items():
         for name, x in flat(state):
-            yield f"{i}/{name}", torch.as_tensor(x).clone() if name.startswith("qmap") else torch.as_tensor(x)  # all share one
+            yield (
+                f"{of[i]}/{name}",
+                torch.as_tensor(x).clone() if name.startswith("qmap") else torch.as_tensor(x),
+            )  # all share it
+
+
+def names_in_order(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[str]:
+    """The name of each parameter, by its number in the optimizer."""
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -44,10 +60,18 @@ def flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from flat(x) if isinstance(x, Mapping) else ((name, x),)
 
 
-def load_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Put back what `moments` gave."""
+def load_moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str], saved: Mapping[str, Tensor]) -> None:
+    """Put back what `moments` gave, each tensor whole; where parameters are sharded, so is their state."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    number = {name: i for i, name in enumerate(names_in_order(optimizer, names))}
     state: dict[int, dict[str, Any]] = {}
     for key, x in saved.items():
-        i, name = key.split("/")
-        state.setdefault(int(i), {})[name] = x.item() if x.dtype == torch.int64 else x
+        name, what = key.rsplit("/", 1)
+        i = number[name]
+        if x.dtype == torch.int64:
+            x = x.item()
+        elif distributed.sharded(params[i]) and x.shape == params[i].shape:
+            whole, x = x, torch.zeros_like(params[i])
+            distributed.fill(x, whole)
+        state.setdefault(i, {})[what] = x
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

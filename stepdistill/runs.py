@@ -30,7 +30,7 @@ from .trackers import Trackers, tracking
 from .trainer import Trainer, checkpoint_bytes
 
 FREE = (  # keys that a run may change when it goes on
-    *("train.steps", "train.save_every", "train.skip", "train.trackers"),
+    *("train.steps", "train.save_every", "train.skip", "train.trackers", "train.shard"),
     *("data.cache", "eval"),
 )
 

@@ -101,6 +101,9 @@ class Train:
     )
     checkpointing: bool = False  # recompute activations in backward: less memory, about a third more time
     compile: bool = False  # torch.compile of the network's repeated blocks: minutes at first, then quicker steps
+    # networks in shares, on several processes: full, over all of them; hybrid, within each machine; null: whole on each. One
+    # process holds everything in any case. Adapters and discriminator heads are never shared out
+    shard: Literal["full", "hybrid"] | None = None
     attention: Literal["xformers"] | None = None  # kernels of attention in the network; null: PyTorch's own
     ema: float | None = ranged(None, above=0, below=1)  # decay of the average that is evaluated and exported
     # who else keeps curves, samples and figures, in the run's folder; null: TensorBoard where it is installed; []: nobody.
@@ -188,6 +191,7 @@ def check(
     if values.get("model.quantize") and values.get("model.loras"):
         remedy = "give a model that has them in it (pipe.fuse_lora(), pipe.save_pretrained(folder)), or null here"
         yield ("model", "quantize"), f"{values['model.quantize']} layers cannot take model.loras in; {remedy}"
+    yield from ((("train", "shard"), message) for message in check_shard(values))
     if values.get("lora.targets") == []:
         yield ("lora", "targets"), "[] leaves nothing to train; name layers, or write null for the family's own"
     batch, parts = values.get("train.batch", 0), values.get("train.accumulate", 1)
@@ -217,6 +221,18 @@ def looked_at(keys: Keys, problems: Iterator[str]) -> Iterator[tuple[Keys, str]]
         yield from ((keys, message) for message in problems)
     except OSError as error:
         yield keys, f"{error.filename} cannot be read ({error.strerror}); give what you may read"
+
+
+def check_shard(values: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot go with networks in shares; values: as in `check`."""
+    if (how := values.get("train.shard")) is None:
+        return
+    if kind := values.get("model.quantize"):
+        yield f"{how}, but {kind} layers cannot be shared out; set it to null, or model.quantize to null"
+    if values.get("train.compile"):
+        yield f"{how} does not go with train.compile true, which would compile around the gathering of weights; choose one"
+    if values.get("optim.optimizer") == "adamw8bit" and not values.keys() & {"lora.rank", "lora.targets"}:
+        yield f"{how}, but adamw8bit cannot keep the state of whole copies in shares; set optim.optimizer to adamw, or lora"
 
 
 def check_guidance(family: Any, strategy: Any, pairs: float | None) -> Iterator[tuple[Keys, str]]:

@@ -33,6 +33,7 @@ class Trainer:
         self.players: dict[str, tuple[str, ...]] = {}
         self.params: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.names = {id(p): name for name, p in distillation.parameters().items()}
         nets = {id(role.net): role.net for role in self.roles.values()}.values()
         if self.recipe.train.checkpointing:
             for net in nets:
@@ -95,7 +96,8 @@ class Trainer:
             draw = Draw(train.seed, self.at, index, self.data.device)
             for who, loss, terms in self.strategy.losses(self.roles, batch, draw):
                 self.between_yields()
-                distributed.backward(loss / train.accumulate, self.params[who])
+                others = [p for other, params in self.params.items() if other != who for p in params]
+                distributed.backward(loss / train.accumulate, self.params[who], others)
                 losses[who] = losses.get(who, 0.0) + loss.detach() / train.accumulate
                 self.times.lap(who)
                 for name, value in terms.items():
@@ -105,7 +107,7 @@ class Trainer:
 
     def move(self, who: str, norm: float) -> None:
         """One step of a player's optimizer, along gradients of this norm."""
-        nn.utils.clip_grads_with_norm_(self.params[who], self.recipe.optim.clip, torch.tensor(norm))
+        distributed.clip([p for p in self.params[who] if p.grad is not None], norm, self.recipe.optim.clip)
         for group in self.optimizers[who].param_groups:
             group["lr"] = self.rate(who)
         self.optimizers[who].step()
@@ -157,14 +159,13 @@ class Trainer:
         if not held:
             raise RuntimeError(f"{type(self.strategy).__name__} gave player {who} a loss that reaches none of its parameters")
         distributed.mean_gradients(held)
-        return nn.utils.get_total_norm([p.grad for p in held])
+        return distributed.norm(p.grad for p in held)
 
     def name_of_bad_gradient(self, who: str) -> str:
         """All processes ask, parameter by parameter: where gradients are sharded, one alone holds what is not finite."""
-        names = {id(p): name for name, p in self.distillation.tensors().items()}
         for p in self.params[who]:
-            if distributed.anyone(p.grad is not None and not bool(torch.isfinite(p.grad).all())):
-                return names.get(id(p), "a module of the strategy")
+            if distributed.anyone(p.grad is not None and not bool(torch.isfinite(distributed.local(p.grad)).all())):
+                return self.names[id(p)]
         return "all parameters together (their norm overflows)"
 
     def rate(self, who: str) -> float:
@@ -199,12 +200,13 @@ class Trainer:
         self.open(meta["stage"], enter=False)
         for who, optimizer in self.optimizers.items():
             mark = f"optimizers/{who}/"
-            load_moments(optimizer, {name.removeprefix(mark): tensors[name] for name in tensors if name.startswith(mark)})
+            saved = {name.removeprefix(mark): tensors[name] for name in tensors if name.startswith(mark)}
+            load_moments(optimizer, self.names, saved)
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizers' state by name."""
         for who, optimizer in self.optimizers.items():
-            yield from ((f"optimizers/{who}/{key}", x) for key, x in moments(optimizer))
+            yield from ((f"optimizers/{who}/{key}", x) for key, x in moments(optimizer, self.names))
 
 
 def numbers(*groups: dict[str, Tensor]) -> tuple[dict[str, float], ...]:
