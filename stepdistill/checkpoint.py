@@ -176,9 +176,7 @@ def check(path: Path) -> Path:
         UserError: it is damaged.
     """
     if why := damage(path):
-        raise UserError(
-            f"{path} is damaged ({why}); name another checkpoint, or the run folder, whose newest whole one is taken"
-        )
+        raise UserError(f"{path} is damaged ({why}); name another, or the run folder, whose newest whole one is taken")
     return path
 
 

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, listing, verbs
+from . import __version__, files, listing, verbs
 from .errors import Diverged, UserError
 from .show import printable
+from .stopping import interruptible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides += rest  # overrides that came after an option
     try:
-        return args.run(args) or 0
+        with interruptible():
+            return args.run(args) or 0
     except UserError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2
@@ -39,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(str(error)), file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        goes_on = "; the same command goes on from there" * (args.verb in ("train", "pairs", "eval"))
+        print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (told := files.told(error)) is None:  # neither a full disk nor a forbidden file: a fault of ours
+            raise
+        print(printable(told), file=sys.stderr)
+        return 2
 
 
 def build_parser() -> argparse.ArgumentParser:

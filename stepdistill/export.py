@@ -34,7 +34,7 @@ from .errors import UserError
 from .evaluate.walks import to_pixels
 from .export_files import WRITERS, lora_state, names
 from .families.load import quiet
-from .files import beside, recover, swap, sync, write_text
+from .files import beside, naming, recover, swap, sync, write_text
 from .foreign import read_json
 from .inference import pipeline_normal, serving
 from .sampling import sample
@@ -82,27 +82,34 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     tmp = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     recover(out)
-    tmp.mkdir(parents=True)
     try:
-        for form, files in told.files.items():
-            for part, file in zip(told.worn, files, strict=False):  # a whole pipeline has several parts
-                WRITERS[form](distillation, told, part, tmp / file)
-        told.build_scheduler().save_pretrained(tmp / "scheduler")
-        (tmp / SIDECAR).write_text(told.to_json(), encoding="utf-8")
-        if graph := workflow(told):
-            (tmp / WORKFLOW).write_text(json.dumps(graph, indent=1), encoding="utf-8")
-        draw_gallery(distillation, told, tmp)
-        write_card(tmp, run or out.parent)
-        finding = check_export(distillation, tmp)
-        mode = (tmp / SIDECAR).stat().st_mode
-        for file in tmp.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)  # safetensors writes files that nobody else may read
-            sync(file)
-        swap(tmp, out)
+        with naming(out):
+            finding = write_files(distillation, told, tmp, run or out.parent)
+            swap(tmp, out)
     finally:
         recover(out)
         shutil.rmtree(tmp, ignore_errors=True)
+    return finding
+
+
+def write_files(distillation: Distillation, told: Serving, out: Path, run: Path) -> str:
+    """Write all that an export has into a new folder, check it, and wait until it is on the disk; returns the finding."""
+    out.mkdir(parents=True)
+    for form, files in told.files.items():
+        for part, file in zip(told.worn, files, strict=False):  # a whole pipeline has several parts
+            WRITERS[form](distillation, told, part, out / file)
+    told.build_scheduler().save_pretrained(out / "scheduler")
+    (out / SIDECAR).write_text(told.to_json(), encoding="utf-8")
+    if graph := workflow(told):
+        (out / WORKFLOW).write_text(json.dumps(graph, indent=1), encoding="utf-8")
+    draw_gallery(distillation, told, out)
+    write_card(out, run)
+    finding = check_export(distillation, out)
+    mode = (out / SIDECAR).stat().st_mode
+    for file in out.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)  # safetensors writes files that nobody else may read
+        sync(file)
     return finding
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import UserError
-
 STALE = 3600.0  # seconds after which an unfinished file is nobody's
 REMEDIES = {  # of errors that a disk and its rights make
     errno.ENOSPC: "make room on that disk, or name a folder on another",
@@ -127,12 +125,12 @@ def number_of(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def told(error: OSError) -> UserError | None:
+def told(error: Exception) -> str | None:
     """An error of the disk, or of the rights on it, in one line with a remedy; None: it is another kind of error."""
-    if error.errno not in REMEDIES:
+    if (number := number_of(error)) not in REMEDIES:
         return None
-    where = f"{error.filename}: " if error.filename else ""
-    return UserError(f"{where}{os.strerror(error.errno)}; {REMEDIES[error.errno]}")
+    name = getattr(error, "filename", None)
+    return f"{name}: " * bool(name) + f"{os.strerror(number)}; {REMEDIES[number]}"
 
 
 def free(folder: Path) -> int:
