@@ -1,7 +1,8 @@
-"""The two errors that a caller is expected to handle. Everything else that is raised is a fault of ours."""
+"""The errors that a caller is expected to handle. Everything else that is raised is a fault of ours."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 LINE = 2000  # characters of a line of a message
@@ -28,6 +29,27 @@ class Diverged(RuntimeError):
             f"training diverged at step {self.step}: {self.tensor} of player {self.player} is not finite; {saved}. "
             f"Lower optim.student_lr or optim.critic_lr, or lengthen optim.warmup, and start again with --resume never; "
             f"where it was a bad batch, train.skip=1 goes on from here without it."
+        )
+
+
+class Exploded(Diverged):
+    """A player's losses, all finite, are many times their usual size; the command line exits with 3.
+
+    usual, size: of a loss before, and now; checkpoints: those from before.
+    """
+
+    def __init__(self, player: str, usual: float, size: float, step: int, checkpoints: Sequence[Path] = ()):
+        super().__init__(player, "the loss", step, checkpoints[-1] if checkpoints else None)
+        self.usual, self.size, self.checkpoints = usual, size, tuple(checkpoints)
+
+    def __str__(self) -> str:
+        learner = "student_lr" if self.player == "student" else "critic_lr"
+        before = " and ".join(map(str, self.checkpoints))
+        saved = f"from before it are {before}" if before else "no checkpoint is from before it"
+        return (
+            f"training exploded by step {self.step}: losses of player {self.player} are of size {self.size:.3g}, usually "
+            f"{self.usual:.3g}; {saved}. Lower optim.{learner} or optim.clip, or lengthen optim.warmup, and start again with "
+            f"--resume never; or raise train.explosion, if that is as it should be."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,24 +12,28 @@ from .account import Account, accounted
 from .assemble import Distillation, assemble
 from .data import build_batches
 from .devices import placed
-from .errors import Diverged, UserError
+from .errors import UserError
 from .evaluate.evaluation import check, evaluate
 from .evaluate.grid import Samples, forget
+from .evaluate.watching import Watching
 from .export import write_card, write_export
 from .inference import recipe_hash, serving
 from .lock import LOCK, held
+from .loop import loop
 from .machine import check_machine
+from .memory_advice import memory
 from .pairs import make_pairs
 from .recipe import Recipe, differences, dump_recipe, load_recipe
-from .show import Line, Log, summary
+from .show import Line
 from .sidecar import SIDECAR, read_export
-from .stopping import interruptible, stopping
+from .stopping import interruptible
 from .timing import Times
-from .trackers import Trackers, tracking
+from .trackers import tracking
 from .trainer import Trainer, checkpoint_bytes
 
 FREE = (  # keys that a run may change when it goes on
-    *("train.steps", "train.save_every", "train.skip", "train.trackers", "train.shard"),
+    *("train.steps", "train.save_every", "train.skip", "train.explosion", "train.trackers"),
+    *("train.shard", "train.checkpointing", "train.accumulate"),
     *("data.cache", "eval"),
 )
 
@@ -78,9 +81,9 @@ def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto"
             a checkpoint to start from.
 
     Raises:
-        UserError: the folder holds a run of another recipe, is being trained in or cannot be written, or the machine lacks
-            what the recipe asks for.
-        Diverged: a loss or gradient is not finite; the state before that step is saved.
+        UserError: the folder holds a run of another recipe, is being trained in or cannot be written, the machine lacks what
+            the recipe asks for, memory ran out, or data has vanished.
+        Diverged: a loss or gradient is not finite once too often, the state before that step is saved; or losses exploded.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint is saved (before and after training: what is whole stays).
     """
     run, line = Run(Path(output) if output else Path("runs") / recipe.name), Line()
@@ -112,24 +115,27 @@ def train_alone(run: Run, recipe: Recipe, resume: str, line: Line) -> None:
 
     pairs = Path(recipe.pairs.folder or run.folder / "pairs")
     if "pairs" in recipe.strategy.needs and recipe.pairs.folder is None:
-        make_pairs(distillation, pairs, line)
+        with memory("making pairs", recipe):
+            make_pairs(distillation, pairs, line)
     cache = Path(recipe.data.cache or run.folder.parent / "cache")
-    trainer = Trainer(distillation, build_batches(recipe, distillation.family, line, pairs, cache), times)
+    with memory("encoding", recipe):
+        trainer = Trainer(distillation, build_batches(recipe, distillation.family, line, pairs, cache), times)
     if start is not None:
         trainer.load(start)
         line.say(f"going on from {start} at step {trainer.at}")
-    samples = Samples(distillation, run.folder / "samples", line)
+    with memory("encoding", recipe):
+        samples, watching = Samples(distillation, run.folder / "samples", line), Watching(distillation, line)
     account = Account(run.folder, times, trainer.at, recipe.train.steps, recipe.train.batch)
     times.lap("preparing")
     with accounted(account, line), tracking(recipe, run.folder, trainer.at, line) as trackers:
         with placed(idle(distillation), devices.IDLE):
-            loop(run, trainer, samples, trackers, account, line)
+            loop(run.folder, trainer, samples, watching, trackers, account, line)
 
         run.report.unlink(missing_ok=True)  # its being there says that all that follows is done
         with times("saving"):
             line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
         if recipe.eval.n:
-            with times("evaluation"):
+            with times("evaluation"), memory("evaluation", recipe):
                 trackers.figures(evaluate(distillation, run.folder / "eval", line), trainer.at)
             write_card(run.export, run.folder)
     if distributed.rank() == 0:
@@ -140,62 +146,6 @@ def idle(distillation: Distillation) -> list[nn.Module]:
     """The parts of the pipeline that training does not need once everything is encoded."""
     family = distillation.family
     return family.encoders + ([] if distillation.strategy.decodes else [family.pipe.vae])
-
-
-def loop(run: Run, trainer: Trainer, samples: Samples, trackers: Trackers, account: Account, line: Line) -> None:
-    """Step until train.steps, with the log, sample grids and checkpoints on the way."""
-    recipe = trainer.recipe
-    main = distributed.rank() == 0
-    log, began, first = Log(run.folder, trainer.at, line), time.monotonic(), trainer.at
-    if recipe.eval.every and trainer.at == 0 and main:
-        with trainer.times("evaluation"):
-            show(samples, trackers, 0, line)
-    with stopping() as stop:
-        while trainer.at < recipe.train.steps:
-            stage = trainer.stage
-            try:
-                values = trainer.step()
-            except Diverged as error:
-                raise Diverged(error.player, error.tensor, error.step, saved(trainer, run, line)) from None
-            if trainer.stage != stage and trainer.strategy.stages > 1:
-                line.say(f"stage {trainer.stage + 1} of {trainer.strategy.stages}")
-            seconds = time.monotonic() - began
-            note = {"skipped": "{1} of player {0}".format(*trainer.skipped)} if trainer.skipped else {}
-            if note:
-                line.say(f"step {trainer.at} is skipped: {note['skipped']} is not finite")
-            log(trainer.at, seconds, values, note | account.told(trainer.at))
-            trackers.log(values, trainer.at)
-            left = seconds / (trainer.at - first) * (recipe.train.steps - trainer.at)
-            line(summary(trainer.at, recipe.train.steps, left, values), final=trainer.at == recipe.train.steps)
-            done, stopped = trainer.at == recipe.train.steps, distributed.anyone(bool(stop))
-            if done or stopped or trainer.at % recipe.train.save_every == 0:
-                with trainer.times("saving"):
-                    path = trainer.save(run.checkpoints)
-                account.write()
-            if stopped and not done:
-                line.say(f"stopped at step {trainer.at}; saved {path}. The same command goes on from there.")
-                raise KeyboardInterrupt
-            if recipe.eval.every and main and (done or trainer.at % recipe.eval.every == 0):
-                with trainer.times("evaluation"):
-                    show(samples, trackers, trainer.at, line)
-    log.close()
-
-
-def show(samples: Samples, trackers: Trackers, step: int, line: Line) -> None:
-    """A grid of samples; a disk that does not take it is told of, and no reason to lose a training."""
-    try:
-        trackers.grid(samples(step), step)
-    except OSError as error:
-        line.say(f"warning: no samples of step {step} could be written ({error}); training goes on")
-
-
-def saved(trainer: Trainer, run: Run, line: Line) -> Path | None:
-    """The last good state of a training that diverged; None: the disk did not take it, which is told."""
-    try:
-        return trainer.save(run.checkpoints)
-    except UserError as error:
-        line.say(str(error))
-        return None
 
 
 def nothing_left(run: Run, recipe: Recipe, resume: str, line: Line) -> bool:

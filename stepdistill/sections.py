@@ -96,6 +96,8 @@ class Train:
     keep: int = ranged(2, low=1, high=10**6)  # checkpoints that stay on disk
     # iterations in a row with a loss or gradient that is not finite which are left out; one more ends the training
     skip: int = ranged(0, low=0, high=10**8)
+    # a player's losses of so many times their usual size, iteration after iteration, end the training; null: nothing does
+    explosion: float | None = ranged(1000.0, above=1, high=1e30)
     precision: Literal["no", "bf16"] = field(  # of the computation; bf16 is autocast
         default="no", metadata={"refused": {"fp16": "training in fp16 diverges (range too small); use bf16"}}
     )
@@ -113,7 +115,9 @@ class Train:
 
 @dataclass(frozen=True)
 class Eval:
-    every: int = ranged(100, low=0, high=10**8)  # iterations between sample grids; 0: never
+    every: int = ranged(100, low=0, high=10**8)  # iterations between sample grids, and looks at the student; 0: never
+    # pictures of such a look, which tells colours and diversity that leave the teacher's, and the best checkpoint; 0: none
+    watch: int = ranged(32, low=0, high=10**4)
     n: int = ranged(2048, low=0, high=10**6)  # pictures behind each figure of the final table; 0: no table
     # student's numbers of steps in grids and table; null: its own, and those of 4, 2 and 1 that it can take
     steps: tuple[int, ...] | None = ranged(None, low=1, high=1000)
@@ -211,6 +215,8 @@ def check(
             strategy.inference(RectifiedFlow(), steps)
         except ValueError as error:
             yield ("eval", "steps"), f"{steps} cannot be: {error}"
+    if 0 < values.get("eval.watch", 0) < 16:
+        yield ("eval", "watch"), f"{values['eval.watch']} are too few pictures to tell anything from; use 16 or more, or 0"
     if values.get("eval.prompts") == []:
         yield ("eval", "prompts"), "[] must name at least one prompt; write null for the first ones of data.prompts"
 

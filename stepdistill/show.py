@@ -14,6 +14,8 @@ from .files import write_text
 
 BLANKS = "\u00a0\u3000\u200c\u200d"  # that do not print, but that languages and emoji need
 
+SCORE = "watch/score"  # in a line of the log: of the student after that step, lower is better
+
 
 def clock(seconds: float) -> str:
     """3725 -> "1:02:05"."""
@@ -114,6 +116,12 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def read_scores(folder: Path) -> dict[int, float]:
+    """The scores of the student in folder/log.jsonl, by step."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if SCORE in line]
+    return {line["step"]: line[SCORE] for line in lines}
 
 
 def summary(at: int, steps: int, left: float, values: dict[str, float]) -> str:

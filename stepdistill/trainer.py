@@ -14,10 +14,11 @@ from .assemble import AVERAGE, Distillation, modules_of
 from .batch import Draw
 from .compiling import compile_blocks
 from .data import Batches
-from .errors import Diverged
+from .errors import Diverged, Exploded
 from .optimizers import build_optimizer, load_moments, moments
 from .roles import enable_checkpointing, worn
 from .timing import Times
+from .watch import Watch
 
 
 class Trainer:
@@ -30,6 +31,8 @@ class Trainer:
         self.at, self.stage, self.opened, self.end = 0, None, 0, 0  # steps, and the stage from opened to before end
         self.skips = 0  # iterations that were left out in a row, up to this one
         self.skipped: tuple[str, str] | None = None  # why the last one was: the player, and what of it was not finite
+        self.intact = True  # not in the midst of a step that some have taken and others not
+        self.watch = Watch(self.recipe.train.explosion)
         self.players: dict[str, tuple[str, ...]] = {}
         self.params: dict[str, list[nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -63,22 +66,31 @@ class Trainer:
 
         Raises:
             Diverged: a loss or gradient is not finite, once too often; all weights and buffers are as before the step.
+            Exploded: losses are train.explosion times their usual size.
         """
         if (stage := self.strategy.stage(self.at)) != self.stage:
             self.open(stage)
+            self.watch.forget()
         before = {name: x.clone() for name, x in self.buffers().items()}
-        losses, terms = self.backward()
-        norms = {who: self.gradient_norm(who) for who in sorted(losses)}
-        losses, terms, norms = numbers(losses, terms, norms)
+        try:
+            losses, terms = self.backward()
+            norms = {who: self.gradient_norm(who) for who in sorted(losses)}
+            losses, terms, norms = numbers(losses, terms, norms)
+        except Exception:  # memory ran out, data has vanished: what is saved now is as before
+            self.undo(before)
+            raise
         self.skipped = self.not_finite(losses, norms)
         if self.skipped:
             return self.leave_out(before)
+        self.intact = False
         for who, norm in norms.items():
             self.move(who, norm)
             terms |= {f"{who}/grad_norm": norm, f"{who}/lr": self.rate(who)}
         self.strategy.after_step(self.roles, set(norms))
         self.average({name for who in norms for name in self.players[who]})
-        self.at, self.skips = self.at + 1, 0
+        self.at, self.skips, self.intact = self.at + 1, 0, True
+        if exploded := self.watch(losses):
+            raise Exploded(*exploded, self.at)
         return terms
 
     def backward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -130,15 +142,19 @@ class Trainer:
         Raises:
             Diverged: it would be one more in a row than train.skip.
         """
+        self.undo(before)
+        if self.skips == self.recipe.train.skip:
+            raise Diverged(*self.skipped, self.at)
+        self.at, self.skips = self.at + 1, self.skips + 1
+        return {}
+
+    def undo(self, before: dict[str, Tensor]) -> None:
+        """Forget the gradients of an iteration in which nobody has moved, and put buffers back."""
         for name, x in self.buffers().items():
             x.copy_(before[name])
         for params in self.params.values():
             for p in params:
                 p.grad = None
-        if self.skips == self.recipe.train.skip:
-            raise Diverged(*self.skipped, self.at)
-        self.at, self.skips = self.at + 1, self.skips + 1
-        return {}
 
     def buffers(self) -> dict[str, Tensor]:
         """What the strategy's modules keep beside parameters, as f-distill its averages: computing a loss changes it."""
@@ -187,7 +203,7 @@ class Trainer:
     def save(self, folder: Path, score: float | None = None) -> Path:
         """A checkpoint from which training goes on bit for bit; score: what it is worth, the lower the better, if known."""
         tensors = self.distillation.tensors() | dict(self.moments())
-        meta = {"stage": self.stage, "opened": self.opened, "skips": self.skips, "score": score}
+        meta = {"stage": self.stage, "opened": self.opened, "skips": self.skips, "watch": self.watch.state(), "score": score}
         return checkpoint.save(folder, self.at, tensors, meta, self.recipe.train.keep)
 
     def load(self, path: Path) -> None:
@@ -195,6 +211,7 @@ class Trainer:
         tensors, meta = checkpoint.load(path)
         self.distillation.load(tensors)
         self.at, self.opened, self.skips = meta["step"], meta["opened"], meta.get("skips", 0)
+        self.watch.load(meta.get("watch", {}))
         if meta["stage"] is None:
             return
         self.open(meta["stage"], enter=False)

@@ -52,6 +52,9 @@ MODEL = NUMBERS | {"roles", "sampling", "distributed", "fields", "errors"}
 MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by NEVER and by the lack of circles
     **{room: NUMBERS for room in NUMBERS},
     "errors": set(),
+    "watch": set(),
+    "memory_advice": {"errors", "plan", "recipe"},
+    "rescue": {"show", "checkpoint", "distributed", "errors", "memory_advice", "trainer", "watch"},
     "architectures": set(),
     "meta": {"architectures", "families", "foreign"},
     "compiling": set(),

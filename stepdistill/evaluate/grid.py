@@ -46,7 +46,7 @@ class Samples:
             calls = n * (1 if self.scale == 1 else 2)
             label = f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations"
             if n not in self.teacher:
-                self.teacher[n] = self.pictures(self.teacher_walk(n))
+                self.teacher[n] = self.pictures(guided_teacher(distillation, n))
                 self.keep("teacher", f"teacher-{n}steps", label, self.teacher[n])
             rows.append((label, self.teacher[n]))
             if n in distillation.counts:
@@ -71,11 +71,6 @@ class Samples:
         labels = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
         write_text(notes, json.dumps(labels | {row: label.replace("\n", ", ")}))
 
-    def teacher_walk(self, n: int) -> Walk:
-        """First-order steps of the guided teacher."""
-        hops = trailing(self.distillation.roles.schedule.grid(n), "teacher", self.scale)
-        return student_walk(self.distillation, Inference(hops, renoise=False))
-
     @torch.no_grad()
     def warn_if_inert(self, step: int) -> None:
         """Say so if the trained student still predicts exactly what the teacher does."""
@@ -87,6 +82,12 @@ class Samples:
         t = x.new_full([1], hop.time)
         if step and torch.equal(roles[hop.role](x, t, cond).x0, roles.teacher(x, t, cond).x0):
             self.line.say(f"warning: after {step} steps the student still equals the teacher; is its learning rate too low?")
+
+
+def guided_teacher(distillation: Distillation, n: int) -> Walk:
+    """n first-order steps of the guided teacher."""
+    hops = trailing(distillation.roles.schedule.grid(n), "teacher", teacher_scale(distillation))
+    return student_walk(distillation, Inference(hops, renoise=False))
 
 
 def teacher_scale(distillation: Distillation) -> float:
