@@ -200,17 +200,22 @@ def restore(folder: Path) -> Distillation:
     return restore_export(folder) if export else restore_run(folder)
 
 
-def restore_run(run: Path) -> Distillation:
-    """A run as its newest whole checkpoint left it.
+def restore_run(run: Path, step: int | None = None) -> Distillation:
+    """A run as its checkpoint of a step left it; None: its newest whole one.
 
     Raises:
-        UserError: the folder is no run, or has no checkpoint yet, or none that is whole.
+        UserError: the folder is no run, or has no such checkpoint, or none that is whole.
     """
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no recipe.yaml; give the folder that `stepdistill train` wrote")
     newest = distributed.at_first(lambda: checkpoint.newest(run / "checkpoints", Line().say))
     if newest is None:
         raise UserError(f"{run} has no checkpoint yet; train it first: stepdistill train {run / 'recipe.yaml'}")
+    if step is not None:
+        there = checkpoint.steps(run / "checkpoints")
+        if step not in there:
+            raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
+        newest = checkpoint.check(newest.with_name(f"{step:06d}"))
     saved, _ = checkpoint.load(newest)  # opened now: a training that goes on may remove it
     loaded = assemble(load_recipe(run / "recipe.yaml", data=False))
     loaded.load(saved)

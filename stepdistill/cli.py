@@ -164,11 +164,13 @@ def build_parser() -> argparse.ArgumentParser:
         verbs.export,
         "Write files that stock diffusers, ComfyUI and A1111 load, and check them by loading them back.",
         "stepdistill export runs/quickstart --formats diffusers,kohya --out my-lora",
+        "stepdistill export runs/quickstart --checkpoint 100",
     )
     made.add_argument("folder", metavar="RUN", type=Path, help="a run folder")
     help = f"some of {','.join(FORMATS)}; otherwise all that fit"
     made.add_argument("--formats", type=formats, metavar="LIST", help=help)
-    made.add_argument("--out", type=Path, metavar="DIR", help="otherwise RUN/export")
+    made.add_argument("--out", type=Path, metavar="DIR", help="otherwise RUN/export, or RUN/export-STEP")
+    made.add_argument("--checkpoint", type=positive, metavar="STEP", help="of RUN/checkpoints; otherwise the newest")
 
     made = verb(
         "pairs",

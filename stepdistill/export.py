@@ -52,15 +52,16 @@ class ExportMismatch(RuntimeError):
     """Written files that do not give the trainer's samples: a fault of ours, or of the installed diffusers or peft."""
 
 
-def export_run(run: Path, formats: Sequence[str] | None = None, out: Path | None = None) -> Path:
-    """Export a run as its newest checkpoint has it; returns the folder (`out`, otherwise run/export).
+def export_run(run: Path, formats: Sequence[str] | None = None, out: Path | None = None, step: int | None = None) -> Path:
+    """Export a run as its checkpoint of a step has it (None: the newest); returns the folder (`out`, otherwise run/export, or
+    run/export-<step>).
 
     Raises:
         UserError: no run, no checkpoint, a format that does not fit, or an `out` that holds something else.
         ExportMismatch: see `check_export`.
     """
-    out = out or run / "export"
-    tell(write_export(restore_run(run), out, formats, run))
+    out = out or run / ("export" if step is None else f"export-{step}")
+    tell(write_export(restore_run(run, step), out, formats, run))
     return out
 
 

@@ -74,7 +74,7 @@ def report(args) -> None:
 def export(args) -> None:
     from .export import export_run
 
-    tell(export_run(args.folder, args.formats, args.out))
+    tell(export_run(args.folder, args.formats, args.out, args.checkpoint))
 
 
 def pairs(args) -> None:

@@ -261,7 +261,7 @@ def test_overrides_may_stand_anywhere(monkeypatch):
             "evaluate.evaluation.evaluate_run",
             (Path("a"), None, Path("p"), None, 9, (1, 2), ("teacher@4", "none"), (), 7),
         ),
-        (["export", "a", "--formats", "kohya,fused"], "export.export_run", (Path("a"), ("kohya", "fused"), None)),
+        (["export", "a", "--formats", "kohya,fused"], "export.export_run", (Path("a"), ("kohya", "fused"), None, None)),
     ],
 )
 def test_verbs_call_what_there_is(monkeypatch, anything_goes, argv, home, given):

@@ -62,7 +62,7 @@ def moves(monkeypatch):
 
 def test_training_has_the_network_alone_on_the_device(tmp_path, monkeypatch, moves):
     student(tmp_path)
-    quick = ("data.count=4", "train.batch=2", "train.steps=1", "eval.every=1", "eval.n=0", "eval.steps=[1]")
+    quick = ("data.count=4", "train.batch=2", "train.steps=1", "eval.every=1", "eval.n=0", "eval.watch=0", "eval.steps=[1]")
     seen = []
 
     def watched(name, function, parts):

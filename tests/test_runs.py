@@ -18,7 +18,7 @@ from stepdistill.strategies import LCM
 
 QUICK = (
     *("data.count=8", "train.batch=4", "train.steps=4", "train.save_every=2"),
-    *("eval.every=2", "eval.n=0", "eval.steps=[2, 1]"),
+    *("eval.every=2", "eval.n=0", "eval.watch=0", "eval.steps=[2, 1]"),
 )
 
 

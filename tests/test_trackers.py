@@ -22,7 +22,16 @@ from stepdistill.show import Line
 from stepdistill.strategies import LCM
 from stepdistill.trackers import Trackers, tracking
 
-QUICK = ("data.count=8", "train.batch=4", "train.steps=3", "train.save_every=2", "eval.every=2", "eval.n=0", "eval.steps=[1]")
+QUICK = (
+    "data.count=8",
+    "train.batch=4",
+    "train.steps=3",
+    "train.save_every=2",
+    "eval.every=2",
+    "eval.n=0",
+    "eval.watch=0",
+    "eval.steps=[1]",
+)
 QUICK += ("eval.prompts=[a large red circle]",)
 BOTH = "train.trackers=[tensorboard, wandb]"
 ROWS = [

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from ..show import Line
 
 ENTRIES, BYTES, SECONDS = 256, 2**28, 30.0  # a file is written at so many entries, so large, or after so long
 Entry = dict[str, Tensor]
+Answer = TypeVar("Answer")
 
 
 def key_of(*parts: Any) -> str:
@@ -86,13 +87,27 @@ class Cache:
 
     def names(self, key: str) -> list[str]:
         """Of an entry's tensors."""
-        return sorted(name.split("/")[1] for name in opened(self.files[key]).keys() if name.startswith(f"{key}/"))  # noqa: SIM118
+        return sorted(name.split("/")[1] for name in self.ask(key, lambda file: file.keys()) if name.startswith(f"{key}/"))
 
     def read(self, key: str, name: str) -> Tensor:
-        return opened(self.files[key]).get_tensor(f"{key}/{name}")
+        return self.ask(key, lambda file: file.get_tensor(f"{key}/{name}"))
 
     def shape(self, key: str, name: str) -> tuple[int, ...]:
-        return tuple(opened(self.files[key]).get_slice(f"{key}/{name}").get_shape())
+        return self.ask(key, lambda file: tuple(file.get_slice(f"{key}/{name}").get_shape()))
+
+    def ask(self, key: str, question: Callable[[Any], Answer]) -> Answer:
+        """What the file of an entry answers.
+
+        Raises:
+            UserError: it is not there any more, or is not what it was.
+        """
+        path = self.files[key]
+        try:
+            return question(opened(path))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} has vanished or was changed after it was found ({error}); the same command encodes again what it held"
+            ) from None
 
     def list(self) -> None:
         """Find the entries of files that came since the last time. A damaged file is removed, and that is told."""
@@ -114,9 +129,18 @@ class Cache:
     def write(self) -> None:
         """One file of all that waits: written beside, synced, and renamed."""
         if self.waiting:
-            with beside(self.folder / f"{key_of(*self.waiting)}.safetensors") as tmp:
-                save_file({f"{key}/{n}": x.contiguous() for key, entry in self.waiting.items() for n, x in entry.items()}, tmp)
+            name, tensors = f"{key_of(*self.waiting)}.safetensors", {}
+            for key, entry in self.waiting.items():
+                tensors |= {f"{key}/{n}": x.contiguous() for n, x in entry.items()}
+            try:
+                self.put(name, tensors)
+            except FileNotFoundError:  # a run whose clock had jumped ahead took it for abandoned
+                self.put(name, tensors)
         self.waiting, self.began = {}, time.monotonic()
+
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        with beside(self.folder / name) as tmp:
+            save_file(tensors, tmp)
 
     def check_space(self, needed: int) -> None:
         """Raises UserError if so many bytes more do not fit on the disk."""
