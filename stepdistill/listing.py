@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import known
-from .errors import UserError
+from .errors import UserError, one_line
 from .sources import embedded_models, suggestion
 
 HERE = Path(__file__).parent
@@ -29,12 +29,15 @@ def find_recipe(path_or_name: str | Path) -> Path:
         UserError: there is neither.
     """
     have = shipped()
-    if Path(path_or_name).is_file():
-        return Path(path_or_name)
+    try:
+        if Path(path_or_name).is_file():
+            return Path(path_or_name)
+    except (OSError, ValueError):  # a name that no file can have, or in a folder that is closed
+        pass
     if str(path_or_name) in have:
         return have[str(path_or_name)]
     near = suggestion(Path(path_or_name).stem, have) or f"; shipped are {', '.join(have)}"
-    raise UserError(f"{path_or_name}: neither a file (seen from {Path.cwd()}) nor a shipped recipe{near}")
+    raise UserError(f"{one_line(str(path_or_name))}: neither a file (seen from {Path.cwd()}) nor a shipped recipe{near}")
 
 
 def recipes() -> dict[str, str]:

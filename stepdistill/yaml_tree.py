@@ -90,7 +90,7 @@ def read_tree(text: bytes | str) -> Tree:
     except yaml.MarkedYAMLError as error:
         remedy = "indent with spaces" if "'\\t'" in error.problem else "mend it (text with : or # needs quotes)"
         raise Unreadable(error.problem_mark.line + 1, f"this is not valid YAML: {error.problem}; {remedy}") from None
-    except ValueError as error:  # PyYAML's own int() and chr() of escapes and versions
+    except (ValueError, OverflowError) as error:  # of int() and chr(), in escapes and versions
         if isinstance(error, Unreadable):
             raise
         raise Unreadable(None, f"this is not valid YAML: {error}; mend it") from None
@@ -205,4 +205,11 @@ class Blocks(Inline):
     """Sections as blocks, lists on their key's line."""
 
 
+def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    """In double quotes, with escapes, if there is anything in it that cannot be printed."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
+Inline.add_representer(str, text)
+Blocks.add_representer(str, text)
 Blocks.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
