@@ -27,7 +27,7 @@ CAPTIONS = ("prompt", "caption", "text")  # keys and columns that hold them
 METADATA = "metadata.jsonl"  # in a folder of pictures: lines with a file_name and a caption
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
-LOOK = 10**5  # characters of a file, and files of a folder, that a check looks at
+LOOK = 10**4  # characters of a file, and files of a folder, that a check looks at
 PAIRS = "pairs.json"  # in a folder of teacher pairs: with what settings they were made, and how many
 MOST, MOST_FILES = 10**9, 10**5  # pairs that a folder may hold, and files
 PYARROW = "Parquet and Arrow files are read by pyarrow, which is not installed: pip install 'stepdistill[data]'"
@@ -190,11 +190,11 @@ def check_prompts(source: str, there: bool = True) -> Iterator[str]:
     elif path.exists():
         try:
             with path.open(encoding="utf-8") as file:
-                empty = not file.read(LOOK).strip()
+                text = file.read(LOOK)
         except UnicodeDecodeError:
             yield f"{source} is not text in UTF-8; give {kinds}"
             return
-        if empty:
+        if not text.strip() and len(text) < LOOK:
             yield f"{source} is empty; write one prompt a line"
 
 
@@ -211,7 +211,10 @@ def check_images(source: str, there: bool = True) -> Iterator[str]:
         if there:
             yield _missing(source, wanted, EMBEDDED_DATA)
     else:
-        kinds = {file.suffix.lower() for file in islice(folder.rglob("*"), LOOK)}
+        files = list(islice(folder.rglob("*"), LOOK))
+        kinds = {file.suffix.lower() for file in files}
+        if len(files) == LOOK:  # what is further on, nobody waits for: it is told when it is read
+            return
         if not kinds & {*PICTURES, ".tar", ".parquet", ".arrow"}:
             have = ", ".join(sorted(PICTURES))
             yield (
