@@ -1,6 +1,6 @@
 """The command line: its parser, and what becomes of errors; what the verbs do is in `verbs`.
 
-Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 130 interrupted.
+Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 130 interrupted; 141 nobody reads on.
 """
 
 from __future__ import annotations
@@ -10,16 +10,35 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from . import __version__, files, listing, verbs
-from .errors import Diverged, UserError
-from .show import printable
+from .arguments import FORMATS, Parser, counts, floats, formats, place, positive, scale, whole, words
+from .errors import Diverged, UserError, one_line, printable
 from .stopping import interruptible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. A wrong command line itself leaves through SystemExit(2)."""
+    """Run one command; returns the exit status. A wrong command line itself leaves through SystemExit(2).
+
+    What a terminal's encoding lacks is printed as an escape. A reader who has seen enough, as `head` has, ends it quietly.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return run(argv)
+        finally:
+            if sys.stdout is not None:  # it is None where it was closed (>&-)
+                sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes both once more as it ends
+        return 141
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Parse a command line, and do it; returns the exit status."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # else they ask for a torchvision that nobody here needs, and the like
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     # what torchao says of GPUs, and bitsandbytes of kernels, that are not there and that nobody needs, whoever imports them
@@ -45,15 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted{goes_on}", file=sys.stderr)
         return 130
     except Exception as error:
-        if (told := files.told(error)) is None:  # neither a full disk nor a forbidden file: a fault of ours
+        if (told := files.told(error)) is None:  # neither of a disk nor of a name: a fault of ours
             raise
-        print(printable(told), file=sys.stderr)
+        print(one_line(told), file=sys.stderr)
         return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each has an example of its use, and `run`, the function that does it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="stepdistill",
         description="Distil a diffusers pipeline to a few steps, and export a LoRA that stock diffusers loads.",
         epilog="first steps:\n  stepdistill train quickstart\n  stepdistill ls",
@@ -81,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         "stepdistill train my.yaml train.steps=2000 optim.student_lr=5e-5 --output runs/longer",
     )
     takes_recipe(made)
-    made.add_argument("--output", type=Path, metavar="DIR", help="the run folder; otherwise runs/NAME")
+    made.add_argument("--output", type=place, metavar="DIR", help="the run folder; otherwise runs/NAME")
     made.add_argument(
         "--resume",
         default="auto",
@@ -98,11 +117,11 @@ def build_parser() -> argparse.ArgumentParser:
         'stepdistill sample runs/quickstart --prompt "a small blue star" --show-steps',
         'stepdistill sample runs/quickstart --prompt "a small blue star" --base-first-steps 1 --seed 3',
     )
-    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
+    made.add_argument("folder", metavar="RUN", type=place, help="a run folder, or an export folder")
     made.add_argument("--prompt", required=True, metavar="TEXT")
     made.add_argument("--steps", type=positive, metavar="N", help="otherwise the number the student was made for")
     made.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise (0)")
-    made.add_argument("--out", type=Path, metavar="FILE", help="the picture (.png) or video (.webp, .png, .gif) to write")
+    made.add_argument("--out", type=place, metavar="FILE", help="the picture (.png) or video (.webp, .png, .gif) to write")
     made.add_argument(
         "--show-steps",
         action="store_true",
@@ -131,9 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
         "stepdistill eval runs/mine --prompts prompts.txt --reference photos --n 5000 --steps 1,2,4 --against teacher@25",
         "stepdistill eval runs/mine --folder geneval --prompts evaluation_metadata.jsonl --out mine-geneval",
     )
-    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
+    made.add_argument("folder", metavar="RUN", type=place, help="a run folder, or an export folder")
     made.add_argument("--preset", metavar="NAME", help="tiny, the embedded world (otherwise); coco30k-sd15; coco10k-sdxl")
-    made.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; .jsonl, .csv; captions of COCO (.json)")
+    made.add_argument("--prompts", type=place, metavar="FILE", help="one prompt a line; .jsonl, .csv; captions of COCO (.json)")
     made.add_argument("--reference", metavar="FOLDER|STATS", help="pictures that distances are taken from, or their statistics")
     made.add_argument(
         "--n", type=positive, metavar="N", help="pictures of each candidate; otherwise the preset's, or all prompts"
@@ -147,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--folder", dest="layout", metavar="NAME", help="only draw --prompts, as geneval or dpg wants them, in --out"
     )
-    made.add_argument("--out", type=Path, metavar="DIR", help="of --folder; again: go on where it was stopped")
+    made.add_argument("--out", type=place, metavar="DIR", help="of --folder; again: go on where it was stopped")
 
     made = verb(
         "report",
@@ -156,8 +175,10 @@ def build_parser() -> argparse.ArgumentParser:
         "stepdistill report runs/quickstart",
         "stepdistill report runs/lcm runs/dmd2 --out compared.html",
     )
-    made.add_argument("folders", metavar="RUN", nargs="+", type=Path, help="run folders")
-    made.add_argument("--out", type=Path, metavar="FILE", help="otherwise RUN/report.html; of several runs in the folder above")
+    made.add_argument("folders", metavar="RUN", nargs="+", type=place, help="run folders")
+    made.add_argument(
+        "--out", type=place, metavar="FILE", help="otherwise RUN/report.html; of several runs in the folder above"
+    )
 
     made = verb(
         "export",
@@ -166,10 +187,10 @@ def build_parser() -> argparse.ArgumentParser:
         "stepdistill export runs/quickstart --formats diffusers,kohya --out my-lora",
         "stepdistill export runs/quickstart --checkpoint 100",
     )
-    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder")
+    made.add_argument("folder", metavar="RUN", type=place, help="a run folder")
     help = f"some of {','.join(FORMATS)}; otherwise all that fit"
     made.add_argument("--formats", type=formats, metavar="LIST", help=help)
-    made.add_argument("--out", type=Path, metavar="DIR", help="otherwise RUN/export, or RUN/export-STEP")
+    made.add_argument("--out", type=place, metavar="DIR", help="otherwise RUN/export, or RUN/export-STEP")
     made.add_argument("--checkpoint", type=positive, metavar="STEP", help="of RUN/checkpoints; otherwise the newest")
 
     made = verb(
@@ -180,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         "stepdistill pairs my.yaml pairs.count=4096 --out pairs/mine",
     )
     takes_recipe(made)
-    made.add_argument("--out", type=Path, metavar="DIR", help="otherwise the recipe's pairs.folder, or pairs/NAME")
+    made.add_argument("--out", type=place, metavar="DIR", help="otherwise the recipe's pairs.folder, or pairs/NAME")
 
     made = verb(
         "merge",
@@ -191,7 +212,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     made.add_argument("loras", metavar="LORA", nargs="+", help="a file, run or export folder, as name or name@0.7")
     made.add_argument("--weights", type=floats, default=(), metavar="LIST", help="one for each; otherwise 1")
-    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new .safetensors file")
+    made.add_argument("--out", type=place, required=True, metavar="FILE", help="a new .safetensors file")
     made.add_argument("--rank", type=positive, metavar="R", help="compress every layer to it; otherwise nothing is lost")
     spelling = "diffusers (also ComfyUI's, but for SD 1.5 and SDXL), or kohya"
     made.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help=spelling)
@@ -223,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb("cp", verbs.cp, "Copy a recipe, to change it.", "stepdistill cp quickstart my.yaml")
     made.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
-    made.add_argument("dest", metavar="DEST", type=Path, help="a new file, or a folder")
+    made.add_argument("dest", metavar="DEST", type=place, help="a new file, or a folder")
 
     made = verb("explain", verbs.explain, "Explain a strategy and every key that it has.", "stepdistill explain dmd2")
     made.add_argument("strategy", metavar="STRATEGY", help="of `stepdistill ls strategies`, or package.module:Class")
@@ -236,64 +257,10 @@ def build_parser() -> argparse.ArgumentParser:
         "stepdistill push runs/mine --repo org/name --private",
         "stepdistill push runs/mine --repo org/name --base stabilityai/stable-diffusion-xl-base-1.0",
     )
-    made.add_argument("folder", metavar="RUN", type=Path, help="a run folder, or an export folder")
+    made.add_argument("folder", metavar="RUN", type=place, help="a run folder, or an export folder")
     made.add_argument("--repo", required=True, metavar="ORG/NAME", help="made if it is not there")
     made.add_argument("--private", action="store_true", help="nobody else may see it; otherwise everybody does")
     made.add_argument("--base", metavar="ORG/NAME", help="the base model, where it was given by a folder")
 
     verb("doctor", verbs.doctor, "Look at this machine and installation; says what to mend.", "stepdistill doctor")
     return parser
-
-
-FORMATS = ("diffusers", "kohya", "fused")
-
-
-def formats(text: str) -> tuple[str, ...]:
-    """The names in a list like diffusers,kohya."""
-    chosen = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in chosen:
-        if name not in FORMATS:
-            raise argparse.ArgumentTypeError(f"unknown format {name}; there are {', '.join(FORMATS)}")
-    return chosen
-
-
-def floats(text: str) -> tuple[float, ...]:
-    """The numbers in a list like 1.0,0.7."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} must be numbers with commas between them, as in 1.0,0.7") from None
-
-
-def whole(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 0")
-    return int(text)
-
-
-def scale(text: str) -> float:
-    """A guidance scale."""
-    try:
-        if 1 <= float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text} must be a number, at least 1")
-
-
-def words(text: str) -> tuple[str, ...]:
-    """The words in a list like one,two."""
-    return tuple(word for part in text.split(",") if (word := part.strip()))
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """The whole numbers, at least 1, in a list like 1,2,4."""
-    return tuple(positive(word) for word in words(text))
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
-    return int(text)

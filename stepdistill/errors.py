@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LINE = 2000  # characters of a line of a message
+BLANKS = "\u00a0\u3000\u200c\u200d"  # that do not print, but that languages and emoji need
 
 
 class UserError(ValueError):
-    """The user's mistake, told in one line or one list without a traceback; the command line exits with 2."""
+    """The user's mistake, told in one line or one list without a traceback; the command line exits with 2.
+
+    What it quotes may be anybody's: as text it is printable.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Diverged(RuntimeError):
@@ -61,5 +68,10 @@ def one_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text with escapes for what cannot be printed, but line ends and tabs: none moves the cursor or changes colours."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    """Text as a terminal may show it: what would move its cursor, change its colours or turn its letters around is spelt out,
+    as in \\x1b; lines stay lines."""
+    return "".join(c if c in "\n\t" or c.isprintable() or c in BLANKS else _spelt(c) for c in text)
+
+
+def _spelt(c: str) -> str:
+    return c.encode("unicode_escape", "surrogatepass").decode()

@@ -15,13 +15,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 STALE = 3600.0  # seconds after which an unfinished file is nobody's
-REMEDIES = {  # of errors that a disk and its rights make
+REMEDIES = {  # of errors that disks, rights and names make
     errno.ENOSPC: "make room on that disk, or name a folder on another",
     errno.EDQUOT: "your quota is used up; make room, or name a folder on another disk",
     errno.EFBIG: "files may not be as large there; raise the limit (ulimit -f), or name a folder on another disk",
     errno.EROFS: "name a folder that can be written",
     errno.EACCES: "see who may read and write it (ls -ld), or name another folder",
     errno.EPERM: "see who may read and write it (ls -ld), or name another folder",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "see that it is there, and try again",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.ENOTDIR: "a file stands where a folder must be; name another",
+    errno.EEXIST: "it is there already; name another",
+    errno.ELOOP: "it is a link that leads to itself; name another",
     errno.EIO: "the disk or its connection fails; look at it, or name a folder on another",
 }
 
@@ -126,7 +132,7 @@ def number_of(error: BaseException) -> int | None:
 
 
 def told(error: Exception) -> str | None:
-    """An error of the disk, or of the rights on it, in one line with a remedy; None: it is another kind of error."""
+    """An error of a disk, of the rights on it, or of a name, in one line with a remedy; None: it is another kind of error."""
     if (number := number_of(error)) not in REMEDIES:
         return None
     name = getattr(error, "filename", None)

@@ -11,6 +11,7 @@ from .plan import CONTEXT, SLACK, Plan
 
 UNITS = {"": 1, "MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30}
 GB = 1e9
+LARGEST = 10_000  # GB of a card that anybody asks for
 
 
 def read_size(text: str) -> float:
@@ -20,8 +21,8 @@ def read_size(text: str) -> float:
         UserError: it is no size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GI?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"--gpu {text}: must be a size in GB, such as 24GB")
+    if match is None or not 0 < float(match[1]) <= LARGEST:
+        raise UserError(f"--gpu {text}: must be a size in GB, at most {LARGEST}, such as 24GB")
     return float(match[1]) * 2**30
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from .fields import Place, fields_of, numbers, ranged
 from .lora_sources import check_lora, identities
 from .schedules import RectifiedFlow
-from .sources import check_images, check_model, check_pairs, check_prompts, pipeline_class
+from .sources import check_folder, check_images, check_model, check_pairs, check_prompts, pipeline_class
 
 Keys = tuple[str, ...]  # a dotted key, split
 
@@ -168,6 +168,9 @@ def check(
         yield from looked_at(("data", "prompts"), check_prompts(values["data.prompts"], there))
     if values.get("data.images") is not None:
         yield from looked_at(("data", "images"), check_images(values["data.images"], there))
+    for keys in (("data", "cache"), ("pairs", "folder")):
+        if (folder := values.get(".".join(keys))) is not None:
+            yield from looked_at(keys, check_folder(folder))
     if strategy:
         for message in strategy.check():  # "field: what is wrong" or just what is wrong
             name, _, rest = message.partition(": ")

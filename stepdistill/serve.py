@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import diffusers
 import torch
 
 from . import distributed
-from .errors import UserError
+from .errors import UserError, one_line
 from .families.load import load_pipeline_folder, quiet, told_of
 from .families.loras import fuse_loras, load_kohya
+from .fields import unfit
 from .foreign import read_tensors
 from .lora_files import network_state
 from .roles import wear_lora
@@ -146,9 +148,11 @@ def sample_run(run: Path, prompt: str, steps: int | None = None, seed: int = 0, 
 
 
 def check_request(prompt: str, seed: int) -> None:
-    """Raises UserError for an empty prompt and for a seed that does not exist."""
+    """Raises UserError for a prompt that is empty or cannot be read, and for a seed that does not exist."""
     if not prompt.strip():
         raise UserError("--prompt is empty; say what to draw")
+    if fault := unfit(prompt, place=False):
+        raise UserError(f"--prompt {one_line(prompt)[:80]} {fault}")
     if not -(2**63) <= seed < 2**64:
         raise UserError(f"--seed {seed} is not a 64-bit number")
 
@@ -162,11 +166,15 @@ def destination(out: Path | None, name: str, suffixes: Sequence[str]) -> Path:
     """Where a picture is written: `out`, or (None) a file of that name and the first suffix where the command runs.
 
     Raises:
-        UserError: it has none of the suffixes, or lies in no folder.
+        UserError: it has none of the suffixes, lies in no folder, or cannot be written.
     """
     out = out or Path(f"{name}{suffixes[0]}")
     if out.suffix.lower() not in suffixes:
         raise UserError(f"--out {out} must end in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out} is there, and is no file; give another name")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written; name a place that you may write to")
     return out

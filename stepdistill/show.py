@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -10,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from .errors import printable
 from .files import write_text
-
-BLANKS = "\u00a0\u3000\u200c\u200d"  # that do not print, but that languages and emoji need
 
 SCORE = "watch/score"  # in a line of the log: of the student after that step, lower is better
 
@@ -24,16 +25,6 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def printable(text: str) -> str:
-    """Text as a terminal may show it: what would move its cursor, change its colours or turn its letters around is spelt out,
-    as in \\x1b; lines stay lines."""
-    return "".join(c if c in "\n\t" or c.isprintable() or c in BLANKS else _spelt(c) for c in text)
-
-
-def _spelt(c: str) -> str:
-    return c.encode("unicode_escape", "surrogatepass").decode()
-
-
 def tell(text: object, end: str = "\n") -> None:
     """Print what a person asked for."""
     print(printable(str(text)), end=end)
@@ -43,7 +34,7 @@ class Line:
     """A line of the terminal that is written over; elsewhere (a file, a pipe) a new line every `every` seconds."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 15.0):
-        self.stream, self.every = stream or sys.stderr, every
+        self.stream, self.every = stream or sys.stderr or nowhere(), every
         self.live, self.last, self.open = self.stream.isatty(), -every, False
         self.began: dict[str, tuple[float, int]] = {}  # job -> when it was first reported, and how much was done
 
@@ -51,12 +42,11 @@ class Line:
         """Show text; final keeps it and ends the line."""
         now, text = time.monotonic(), printable(text)
         if self.live and (final or now - self.last > 0.2):
-            self.stream.write(f"\r\033[K{text}" + ("\n" if final else ""))
+            self.write(f"\r\033[K{text}" + ("\n" if final else ""))
         elif final or now - self.last > self.every:
-            self.stream.write(text + "\n")
+            self.write(text + "\n")
         else:
             return
-        self.stream.flush()
         self.last, self.open = now, self.live and not final
 
     def report(self, what: str, done: int, of: int) -> None:
@@ -70,11 +60,22 @@ class Line:
 
     def say(self, text: str) -> None:
         """A line of its own, below whatever was live."""
-        if self.open:
-            self.stream.write("\n")
-            self.open = False
-        self.stream.write(printable(text) + "\n")
-        self.stream.flush()
+        self.write("\n" * self.open + printable(text) + "\n")
+        self.open = False
+
+    def write(self, text: str) -> None:
+        """Show text; if whoever watched has left, and closed the terminal or pipe, the work goes on without a word."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # of a pipe, and of a terminal
+                raise
+            self.stream = nowhere()
+
+
+def nowhere() -> TextIO:
+    return open(os.devnull, "w")
 
 
 HELD = 2**20  # bytes of log lines that wait for a disk that is full

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -223,6 +224,14 @@ def check_images(source: str, there: bool = True) -> Iterator[str]:
             )
         elif not kinds & {*PICTURES, ".tar"} and importlib.util.find_spec("pyarrow") is None:
             yield f"{source}: {PYARROW}"
+
+
+def check_folder(source: str) -> Iterator[str]:
+    """What keeps a folder from being made, or used, where it is named."""
+    place = Path(source)
+    there = next(one for one in (place, *place.parents) if os.path.lexists(one) or one == Path(one.anchor))
+    if os.path.lexists(there) and not there.is_dir():
+        yield f"{source}: {there} is no folder; name another place"
 
 
 def check_pairs(source: str, model: Mapping[str, Any], there: bool = True) -> Iterator[str]:

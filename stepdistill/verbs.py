@@ -95,8 +95,10 @@ def validate(args) -> None:
     from .recipe import load_recipe
 
     overrides = [word for word in args.recipes if "=" in word] + args.overrides
-    problems = []
-    for name in (word for word in args.recipes if "=" not in word):
+    names, problems = [word for word in args.recipes if "=" not in word], []
+    if not names:
+        raise UserError("name a recipe, and what changes in it after that: stepdistill validate my.yaml lora.rank=32")
+    for name in names:
         try:
             recipe = load_recipe(name, overrides, there=False)
         except UserError as error:
@@ -112,7 +114,7 @@ def plan(args) -> None:
     from .plan_report import read_size, report
     from .recipe import load_recipe
 
-    gpu = args.gpu and read_size(args.gpu)
+    gpu = None if args.gpu is None else read_size(args.gpu)
     tell(report(make_plan(load_recipe(args.recipe, args.overrides)), gpu))
 
 
@@ -125,7 +127,7 @@ def ls(args) -> None:
 
 
 def cat(args) -> None:
-    tell(listing.find_recipe(args.recipe).read_text(encoding="utf-8"), end="")
+    tell(listing.find_recipe(args.recipe).read_text(encoding="utf-8", errors="backslashreplace"), end="")
 
 
 def cp(args) -> None:

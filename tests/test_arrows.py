@@ -82,11 +82,12 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "files": set(),
     "lock": {"distributed", "errors"},
     "stopping": set(),
-    "show": {"files"},
+    "show": {"errors", "files"},
     "distributed": {"errors"},
     "sections": {"fields", "schedules", "sources", "lora_sources", "errors"},
     "strategy_names": {"errors", "sources", "strategies"},
     "yaml_tree": set(),
+    "arguments": {"errors"},
     "recipe": {"yaml_tree", "errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
     "roles": NUMBERS | {"errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},

@@ -164,28 +164,28 @@ def test_mutated_overrides(text, overrides):
 
 
 @pytest.mark.long
-@fuzz(5000)
+@fuzz(2500)
 @given(texts())
 def test_many_mutated_texts(text):
     read_or_told(text)
 
 
 @pytest.mark.long
-@fuzz(4000)
+@fuzz(2000)
 @given(trees())
 def test_many_mutated_values(text):
     read_or_told(text)
 
 
 @pytest.mark.long
-@fuzz(3000)
+@fuzz(1500)
 @given(st.sampled_from(SHIPPED), OVERRIDES)
 def test_many_mutated_overrides(text, overrides):
     read_or_told(text, overrides)
 
 
 @pytest.mark.long
-@fuzz(5000)
+@fuzz(2500)
 @given(st.binary(max_size=60) | st.lists(st.sampled_from([*TOKENS, b"a", b"\n", b" ", b"  "]), max_size=20).map(b"".join))
 def test_any_bytes(text):
     assert not read_or_told(text)

@@ -92,7 +92,7 @@ def read_against(distillation: Distillation, word: str, best: Mapping[tuple[int,
             solver = SOLVER_WORDS[option]
         elif option == "unguided":
             scale = 1.0
-        elif option.replace(".", "", 1).isdecimal():
+        elif option.replace(".", "", 1).isdecimal() and 1 <= float(option) <= 1000:
             scale = float(option)
         else:
             fine = False

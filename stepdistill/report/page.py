@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         UserError: a folder is no run, one is given twice, figures of two do not compare, or `out` cannot be written.
     """
-    places = [folder.resolve() for folder in folders]
+    places = [Path(os.path.realpath(folder)) for folder in folders]
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise UserError(f"{folder} is given twice; name each run once")
@@ -39,6 +40,8 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
         out = shared / "report.html"
     elif out.is_dir():
         out = out / "report.html"
+    elif out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out} must end in .html, or be a folder")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is no folder; make it first: mkdir -p {out.parent}")
     runs = [read(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
