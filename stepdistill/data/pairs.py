@@ -71,7 +71,11 @@ def read_pairs(folder: Path) -> tuple[list[str], Tensor, Tensor]:
     made = manifest(folder)
     if made.get("format") != FORMAT:
         raise UserError(f"{folder} was written by another version of stepdistill; make the pairs in another folder")
-    parts = [read_shard(folder / name) for name in shards(made)]
+    try:
+        names = shards(made)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder}/{PAIRS} cannot be read ({error}); make the pairs in another folder") from None
+    parts = [read_shard(folder / name) for name in names]
     prompts, noise, x0 = zip(*parts, strict=True)
     prompts = [prompt for some in prompts for prompt in some]
     if not len(prompts) == sum(map(len, noise)) == sum(map(len, x0)) == made["count"]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import SafetensorError
 
 from ..errors import UserError
 
@@ -25,7 +26,7 @@ def from_hub(what: str, repository: str, file: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         why = textwrap.shorten(str(error), 160, placeholder=" ...")
         if Path(repository).exists():
             raise UserError(f"{what}: {repository} cannot be read ({why}); save the model there again") from error
