@@ -123,6 +123,7 @@ class Told:
 
     def count(self, kind: str) -> None:
         self.counts[self.role, kind] += len(self.like)
+        self.counts["passes", kind] += 1
         self.counts["flops", kind] += self.cost.flops_backward if kind == "backward" else self.cost.flops
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import find, known
+from .communication import FLOAT, Call, replicated, sharded
 from .costs import HOST, WEIGHT, Costs, weigh
 from .data.build import read_prompts
 from .devices import tiled
@@ -24,6 +25,7 @@ from .roles import build_roles, enable_checkpointing
 from .sources import embedded_models, is_hub_id
 
 CONTEXT, SLACK = 1e9, 0.10  # assumed: bytes of the CUDA context, and the share that allocator and workspaces add
+PARTS = 1  # bytes do not depend on how many a network is shared out in
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes of optimizer state for each number that learns
 
 
@@ -48,6 +50,8 @@ class Plan:
     decodes: bool  # the strategy decodes while it trains, so that the autoencoder stays
     evaluations: dict[tuple[str, str], float]  # (role, forward or backward) -> samples an iteration
     flops: float
+    passes: tuple[float, float]  # through a network in an iteration, forward and backward, however many samples in each
+    moves: dict[str, tuple[int, float]]  # player -> numbers that it learns, and how often it moves in an iteration
     disk: dict[str, int]
     prompts: int
     options: list[tuple[str, int]] = field(default_factory=list)  # key=value, and the bytes that it saves
@@ -56,6 +60,20 @@ class Plan:
     def resident(self) -> int:
         """What never leaves the GPU while it trains."""
         return self.base + self.adapters + self.heads + self.optimizer
+
+    def calls(self) -> dict[str, list[Call]]:
+        """What processes that work together call in an iteration, with whole networks and with networks in shares."""
+        forward, backward = self.passes
+        if self.recipe.lora:
+            return {
+                "gradients of adapters": replicated(self.moves),
+                "the base's weights, with train.shard": sharded(self.base, PARTS, forward, backward),
+            }
+        learns = FLOAT * self.size
+        return {
+            "gradients of whole copies": replicated(self.moves),
+            "weights and gradients instead, with train.shard": sharded(learns, PARTS, forward, backward, learns),
+        }
 
     @property
     def phases(self) -> dict[str, int]:
@@ -122,6 +140,8 @@ def plan_of(recipe: Recipe, family: Family, prompt: dict[str, tuple[int, ...]], 
         decodes=recipe.strategy.decodes,
         evaluations=tried.evaluations,
         flops=tried.flops,
+        passes=tried.passes,
+        moves=tried.moves,
         disk=disk,
         prompts=count,
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from textwrap import wrap
 
+from .communication import ROUNDS
 from .errors import UserError
 from .plan import CONTEXT, SLACK, Plan
 
@@ -89,9 +90,17 @@ def work(plan: Plan) -> Iterator[str]:
         forward, backward = (plan.evaluations.get((role, kind), 0.0) for kind in ("forward", "backward"))
         yield f"  {role:<56}{forward:>10.1f}{backward:>10.1f}"
     yield f"  {'floating point operations':<56}{plan.flops / 1e12:>16,.1f} T"
+    yield from between(plan)
     yield "on disk"
     for name, size in plan.disk.items():
         yield f"  {f'{name} of {plan.prompts:,} prompts':<68}{size / GB:8.2f}"
+
+
+def between(plan: Plan) -> Iterator[str]:
+    """What processes send each other, if there are several; of n, each sends (n - 1) / n of it."""
+    yield "sent by each process in an iteration, where there are many"
+    for what, calls in plan.calls().items():
+        yield f"  {what:<56}{sum(call.times * ROUNDS[call.kind] * call.size for call in calls) / GB:>16,.2f} GB"
 
 
 def assumed(plan: Plan) -> Iterator[str]:

@@ -33,6 +33,8 @@ class Tried:
     players: dict[str, int]
     evaluations: dict[tuple[str, str], float]
     flops: float
+    passes: tuple[float, float]  # through a network in an iteration, forward and backward, however many samples in each
+    moves: dict[str, tuple[int, float]]  # player -> numbers that it learns, and how often it moves in an iteration
 
 
 def try_out(recipe: Recipe, costs: Costs, size: int) -> Tried:
@@ -60,6 +62,8 @@ def try_out(recipe: Recipe, costs: Costs, size: int) -> Tried:
     peaks: dict[str, int] = {}
     stages, learning, start = stage_lengths(strategy, train.steps), 0, live.now
     evaluations: Counter[tuple[str, str]] = Counter()
+    moved: Counter[str] = Counter()
+    numbers: dict[str, int] = {}
     for first, length in stages:
         trainer.at = first
         with noted(strategy, live, peaks):
@@ -69,16 +73,24 @@ def try_out(recipe: Recipe, costs: Costs, size: int) -> Tried:
         done = min(length, max(1, COUNTED // len(stages)))
         family.counts.clear()
         for step in range(first, first + done):
-            for _, loss, _ in strategy.losses(roles, data(step, 0)[0], Even(train.seed, step, range(data.rows), HOST)):
+            players = set()
+            for who, loss, _ in strategy.losses(roles, data(step, 0)[0], Even(train.seed, step, range(data.rows), HOST)):
                 loss.backward()
+                players.add(who)
+            moved.update({who: length / train.steps / done for who in players})
             for optimizer in trainer.optimizers.values():
                 optimizer.zero_grad()
+        numbers |= {who: max(numbers.get(who, 0), sum(p.numel() for p in params)) for who, params in trainer.params.items()}
         weight = length / train.steps / done * train.accumulate
         evaluations.update({key: n * weight for key, n in family.counts.items()})
+    passes = tuple(evaluations.pop(("passes", kind), 0.0) for kind in ("forward", "backward"))
+    moves = {who: (n, moved[who]) for who, n in numbers.items()}
     state = sum(x.numel() * x.element_size() for _, x in trainer.moments())
     flops = evaluations.pop(("flops", "forward"), 0) + evaluations.pop(("flops", "backward"), 0)
     fixed = start + state + 4 * learning
-    return Tried(names, heads, learning, {who: max(0, n - fixed) for who, n in peaks.items()}, dict(evaluations), flops)
+    return Tried(
+        names, heads, learning, {who: max(0, n - fixed) for who, n in peaks.items()}, dict(evaluations), flops, passes, moves
+    )
 
 
 def plain_optimizer(recipe: Recipe) -> Any:

@@ -77,6 +77,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "doctor": {"sources", "surroundings"},
     "surroundings": {"machine"},
     "timing": set(),
+    "communication": set(),
     "account": {"distributed", "errors", "files", "show", "timing"},
     "checkpoint": {"distributed", "errors", "files"},
     "files": set(),
