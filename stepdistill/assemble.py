@@ -39,11 +39,7 @@ class Distillation:
     strategy: Strategy
     roles: Roles
     known: tuple[int, ...] | None = None  # the only numbers of steps in which its students can be sampled; None: no such limit
-
-    @property
-    def together(self) -> bool:
-        """Whether its networks are shared out among processes, so that they run when all of them run them, and never else."""
-        return self.recipe.train.shard is not None and distributed.world() > 1
+    together: bool = False  # its networks are in shares, so that they run when all processes run them, and never else
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that may ever be trained, named as in `tensors`."""
@@ -112,15 +108,17 @@ class Distillation:
             raise UserError(str(error)) from None
 
 
-def assemble(recipe: Recipe) -> Distillation:
+def assemble(recipe: Recipe, shares: bool = False) -> Distillation:
     """Load the pipeline and make the roles that the strategy wants, all equal to the teacher.
+
+    shares: networks are shared out among processes, if train.shard says so; else each has them whole.
 
     Raises:
         UserError: the pipeline is unknown and cannot be found out, its teacher cannot be guided as the strategy wants, or a
             LoRA of the recipe is not of it.
     """
     model, train, where = recipe.model, recipe.train, distributed.device()
-    together = train.shard is not None and distributed.world() > 1
+    together = shares and train.shard is not None and distributed.world() > 1
     dtype, data = getattr(torch, model.dtype), recipe.data
     loras = [find_lora(lora) for lora in model.loras]
     family = load_family(
@@ -160,7 +158,7 @@ def assemble(recipe: Recipe) -> Distillation:
         strategy.setup(roles)
     for module in strategy.modules().values():
         module.to(where)
-    return Distillation(recipe, family, strategy, roles)
+    return Distillation(recipe, family, strategy, roles, together=together)
 
 
 def share_out(family: Family, roles: Roles, how: str, where: torch.device) -> None:

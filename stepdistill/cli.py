@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from . import __version__, files, listing, verbs
 from .arguments import FORMATS, Parser, counts, floats, formats, place, positive, scale, whole, words
 from .errors import Diverged, UserError, one_line, printable
+from .show import complain, process
 from .stopping import interruptible
 
 
@@ -52,22 +53,28 @@ def run(argv: Sequence[str] | None) -> int:
         args.overrides += rest  # overrides that came after an option
     try:
         with interruptible():
-            return args.run(args) or 0
+            status = args.run(args) or 0
+        if together := sys.modules.get("stepdistill.distributed"):
+            together.leave()
+        return status
     except UserError as error:
-        print(printable(str(error)), file=sys.stderr)
+        complain(str(error))
         return 2
     except Diverged as error:
-        print(printable(str(error)), file=sys.stderr)
+        complain(str(error))
         return 3
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from there" * (args.verb in ("train", "pairs", "eval"))
-        print(f"interrupted{goes_on}", file=sys.stderr)
+        complain(f"interrupted{goes_on}")
         return 130
     except Exception as error:
-        if (told := files.told(error)) is None:  # neither of a disk nor of a name: a fault of ours
-            raise
-        print(one_line(told), file=sys.stderr)
-        return 2
+        if (told := files.told(error)) is not None:
+            complain(one_line(told))
+            return 2
+        if (together := sys.modules.get("stepdistill.distributed")) and together.lost(error):
+            print(f"process {process()} lost the others; the one that failed says why", file=sys.stderr)
+            return 1
+        raise  # a fault of ours
 
 
 def build_parser() -> argparse.ArgumentParser:

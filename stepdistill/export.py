@@ -27,7 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .assemble import Distillation, restore_run
+from . import distributed
+from .assemble import AVERAGE, Distillation, restore_run
 from .card import card, newest_grid
 from .devices import placed, tiled
 from .errors import UserError
@@ -78,6 +79,25 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     """
     told = serving(distillation)
     told = dataclasses.replace(told, files=names(distillation, told, formats))
+    ours = trainers_latents(distillation, told, first_noise(distillation, told))  # networks in shares need all processes
+    plain = gathered(distillation, told)
+    return distributed.at_first(lambda: write_whole(plain, told, ours, out, run or out.parent))
+
+
+def gathered(distillation: Distillation, told: Serving) -> Distillation:
+    """The same, but whole copies of students are networks of their own, on the CPU, where they were in shares."""
+    if not distillation.together or distillation.recipe.lora is not None:
+        return distillation
+    from .sharding import unsharded
+
+    students = {who: distillation.students()[who] for who in told.students}
+    plain = {who: dataclasses.replace(role, net=unsharded(role.net)) for who, role in students.items()}
+    averages = {who + AVERAGE: role for who, role in plain.items() if who + AVERAGE in distillation.roles}
+    return dataclasses.replace(distillation, roles=distillation.roles.swap(**plain, **averages))
+
+
+def write_whole(distillation: Distillation, told: Serving, ours: Tensor, out: Path, run: Path) -> str:
+    """What `write_export` does in one process. ours: the trainer's own latents of `first_noise`, [B, ...]."""
     if out.exists() and not (out / SIDECAR).is_file() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an export; give a new folder with --out")
     tmp = out.with_name(f".{out.name}.tmp")
@@ -85,7 +105,7 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     recover(out)
     try:
         with naming(out):
-            finding = write_files(distillation, told, tmp, run or out.parent)
+            finding = write_files(distillation, told, ours, tmp, run)
             swap(tmp, out)
     finally:
         recover(out)
@@ -93,7 +113,7 @@ def write_export(distillation: Distillation, out: Path, formats: Sequence[str] |
     return finding
 
 
-def write_files(distillation: Distillation, told: Serving, out: Path, run: Path) -> str:
+def write_files(distillation: Distillation, told: Serving, ours: Tensor, out: Path, run: Path) -> str:
     """Write all that an export has into a new folder, check it, and wait until it is on the disk; returns the finding."""
     out.mkdir(parents=True)
     for form, files in told.files.items():
@@ -103,9 +123,9 @@ def write_files(distillation: Distillation, told: Serving, out: Path, run: Path)
     (out / SIDECAR).write_text(told.to_json(), encoding="utf-8")
     if graph := workflow(told):
         (out / WORKFLOW).write_text(json.dumps(graph, indent=1), encoding="utf-8")
-    draw_gallery(distillation, told, out)
+    draw_gallery(distillation, told, ours, out)
     write_card(out, run)
-    finding = check_export(distillation, out)
+    finding = compare(distillation, ours, out)
     mode = (out / SIDECAR).stat().st_mode
     for file in out.rglob("*"):
         if file.is_file():
@@ -136,13 +156,13 @@ def figures_in(file: Path) -> Any:
 
 
 @torch.no_grad()
-def draw_gallery(distillation: Distillation, told: Serving, out: Path) -> None:
-    """The student's pictures of `told.prompts`, as gallery/1.png, ...; of videos none."""
+def draw_gallery(distillation: Distillation, told: Serving, ours: Tensor, out: Path) -> None:
+    """The student's pictures of `told.prompts`, decoded from latents [B, ...], as gallery/1.png, ...; of videos none."""
     if told.frames is not None:
         return
     (out / GALLERY).mkdir()
     family = distillation.family
-    latents = trainers_latents(distillation, told, first_noise(distillation, told)).to(device := family.pipe.device)
+    latents = ours.to(device := family.pipe.device)
     with placed([family.pipe.vae], device), tiled(family.pipe.vae, family.size):
         for k, latent in enumerate(latents, 1):
             Image.fromarray(to_pixels(family.decode(latent[None]))[0]).save(out / GALLERY / f"{k}.png")
@@ -163,10 +183,16 @@ def check_export(distillation: Distillation, out: Path) -> str:
     Raises:
         ExportMismatch: their distance exceeds TOLERANCE.
     """
+    told = read_export(out)
+    return compare(distillation, trainers_latents(distillation, told, first_noise(distillation, told)), out)
+
+
+@torch.no_grad()
+def compare(distillation: Distillation, ours: Tensor, out: Path) -> str:
+    """`check_export` against what the trainer made of that noise, [B, ...]."""
     told, worst, trusted = read_export(out), 0.0, distillation.recipe.trust_remote_code
     family = distillation.family
     noise = first_noise(distillation, told)
-    ours = trainers_latents(distillation, told, noise)
     for form, files in told.files.items():
         theirs = family.unpacked(stock_latents(open_export(out, told, form, trusted), told, family.packed(noise)))
         off = distance(theirs, ours, told.dtype)

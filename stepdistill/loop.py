@@ -34,8 +34,9 @@ def loop(
     """
     recipe, steps, times = trainer.recipe, trainer.recipe.train.steps, trainer.times
     main = distributed.rank() == 0
+    draws = main or trainer.distillation.together  # who runs networks in shares runs them with all
     log, began, first = Log(folder, trainer.at, line), time.monotonic(), trainer.at
-    if recipe.eval.every and trainer.at == 0 and main:
+    if recipe.eval.every and trainer.at == 0 and draws:
         show(samples, trackers, trainer, line)
     with stopping() as stop:
         while trainer.at < steps:
@@ -48,7 +49,7 @@ def loop(
             if note:
                 line.say(f"step {trainer.at} is skipped: {note['skipped']} is not finite")
             done, stopped = trainer.at == steps, distributed.anyone(bool(stop))
-            due = recipe.eval.every and main and (done or trainer.at % recipe.eval.every == 0)
+            due = recipe.eval.every and draws and (done or trainer.at % recipe.eval.every == 0)
             with times("evaluation"), memory("sampling", recipe):
                 watched = watching(trainer.at) if due else {}
             seconds = time.monotonic() - began

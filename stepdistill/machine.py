@@ -25,7 +25,13 @@ def check_machine(recipe: Recipe) -> None:
     check_trackers(recipe)
     if recipe.train.compile and not any(map(shutil.which, COMPILERS)):
         raise UserError("train.compile true needs a C++ compiler, and there is none; install g++, or set it to false")
-    device = distributed.device()
+    train, device, world = recipe.train, distributed.device(), distributed.world()
+    if train.batch % (train.accumulate * world):
+        parts, least = f"{world} processes and train.accumulate {train.accumulate}", train.accumulate * world
+        raise UserError(
+            f"train.batch {train.batch} cannot be divided among {parts}; set it to a multiple of {least}, as "
+            f"{-(-train.batch // least) * least}"
+        )
     precision = "bfloat16" if recipe.train.precision == "bf16" else "float32"
     for key, name in {"model.dtype": recipe.model.dtype, "train.precision": precision}.items():
         if lacks(device, getattr(torch, name)):

@@ -56,7 +56,8 @@ def make_pairs(distillation: Distillation, folder: Path, line: Line) -> None:
         begin(folder, made)
     distributed.wait()
     names = shards(made)
-    todo = [k for k in range(len(names)) if not (folder / names[k]).is_file()][distributed.rank() :: distributed.world()]
+    missing = [k for k in range(len(names)) if not (folder / names[k]).is_file()]
+    todo = distributed.share(missing, distillation.together)
     distributed.wait()  # each looked before anybody wrote
     parts = {k: range(k * pairs.shard, min((k + 1) * pairs.shard, pairs.count)) for k in todo}
     done = first = pairs.count - sum(map(len, parts.values()))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import distributed
 from .batch import seed_of
 from .diffusion import Prediction, anchored, guide, halves, mix, read, transition
 from .errors import UserError
@@ -171,7 +172,8 @@ class Denoiser:
     @torch.no_grad()
     def follow(self, other: Denoiser, decay: float = 0.0) -> None:
         """Move towards another role: an exponential moving average, or (decay 0) a copy."""
-        torch._foreach_lerp_(self.parameters(), other.parameters(), 1 - decay)
+        mine, theirs = (list(map(distributed.local, role.parameters())) for role in (self, other))
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -179,7 +181,7 @@ class Denoiser:
         base = dict(self.family.net.named_parameters())
         for name, p in self.named_parameters().items():
             if self.whole:
-                p.copy_(base[name]) if name in base else p.zero_()
+                distributed.fill(p, distributed.whole(base[name])) if name in base else p.zero_()
             elif "lora_B" in name:
                 p.zero_()
 

@@ -109,7 +109,7 @@ def train_alone(run: Run, recipe: Recipe, resume: str, line: Line) -> None:
 
     times = Times(distributed.device())
     start = distributed.at_first(begin)
-    distillation = assemble(recipe)
+    distillation = assemble(recipe, shares=True)
     serving(distillation)  # what no stock pipeline can sample is refused before any work
     distributed.at_first(lambda: prepare(run, recipe, start, checkpoint_bytes(distillation), line))
 
@@ -137,7 +137,8 @@ def train_alone(run: Run, recipe: Recipe, resume: str, line: Line) -> None:
         if recipe.eval.n:
             with times("evaluation"), memory("evaluation", recipe):
                 trackers.figures(evaluate(distillation, run.folder / "eval", line), trainer.at)
-            write_card(run.export, run.folder)
+            if distributed.rank() == 0:
+                write_card(run.export, run.folder)
     if distributed.rank() == 0:
         line.say(f"report: {report.write([run.folder])}")
 

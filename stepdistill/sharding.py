@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -73,3 +74,15 @@ def members(net: nn.Module) -> list[nn.Module]:
     lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
     inner = [child for child in net.children() if not isinstance(child, nn.ModuleList)] if not lists else []
     return [block for blocks in lists for block in blocks] + [block for child in inner for block in members(child)]
+
+
+@torch.no_grad()
+def unsharded(net: nn.Module) -> nn.Module:
+    """A network of diffusers like a sharded one, whole, on the CPU. All processes ask."""
+    from torch.distributed.fsdp import FSDPModule
+
+    kind = next(kind for kind in type(net).__mro__ if not issubclass(kind, FSDPModule))
+    made = kind.from_config(net.config)
+    for mine, theirs in zip(made.state_dict().values(), net.state_dict().values(), strict=True):
+        mine.copy_(distributed.whole(theirs))
+    return made

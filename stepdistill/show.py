@@ -16,6 +16,29 @@ from .errors import printable
 from .files import write_text
 
 SCORE = "watch/score"  # in a line of the log: of the student after that step, lower is better
+MOMENT = 1.0  # seconds
+
+
+def process() -> int:
+    """The number of this process among those that a launcher started; asked of the environment, before they know each other."""
+    return int(os.environ.get("RANK", 0))
+
+
+def complain(text: str) -> None:
+    """Print an error, once where all processes would say the same.
+
+    Before they know each other, the first one of each machine speaks. Afterwards all do, but they leave the first one a moment:
+    what it says as well, its launcher lets nobody repeat.
+    """
+    if process() > 0:
+        group = sys.modules.get("torch.distributed")
+        if group is None or not group.is_initialized():
+            if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+                return
+        else:
+            time.sleep(MOMENT)
+        text = f"process {process()} of {os.environ.get('WORLD_SIZE')}: {text}"
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
@@ -31,10 +54,11 @@ def tell(text: object, end: str = "\n") -> None:
 
 
 class Line:
-    """A line of the terminal that is written over; elsewhere (a file, a pipe) a new line every `every` seconds."""
+    """A line of the terminal that is written over; elsewhere (a file, a pipe) a new line every `every` seconds. Of several
+    processes, the first one's alone is shown."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 15.0):
-        self.stream, self.every = stream or sys.stderr or nowhere(), every
+        self.stream, self.every = stream or (sys.stderr if process() == 0 else None) or nowhere(), every
         self.live, self.last, self.open = self.stream.isatty(), -every, False
         self.began: dict[str, tuple[float, int]] = {}  # job -> when it was first reported, and how much was done
 

@@ -25,7 +25,7 @@ def prepare(folder: Path, strategy: str, teacher: str = "eps", *overrides: str) 
 
 def trainer(recipe: Path, *overrides: str) -> Trainer:
     """A trainer in this process, whose students are not their teacher."""
-    distillation = assemble(load_recipe(recipe, overrides))
+    distillation = assemble(load_recipe(recipe, overrides), shares=True)
     move(distillation)
     return Trainer(distillation, build_batches(distillation.recipe, distillation.family))
 

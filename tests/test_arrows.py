@@ -90,7 +90,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "yaml_tree": set(),
     "arguments": {"errors"},
     "recipe": {"yaml_tree", "errors", "fields", "listing", "sections", "sources", "families", "strategies", "strategy_names"},
-    "roles": NUMBERS | {"errors"},  # and families.base, for types only
+    "roles": NUMBERS | {"distributed", "errors"},  # and families.base, for types only
     "sampling": NUMBERS | {"roles"},
     "perceptual": {"errors"},
     "sidecar": {"errors", "fields", "foreign", "lora_sources", "samplers", "sources"},

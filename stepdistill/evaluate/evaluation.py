@@ -35,6 +35,9 @@ AGAINST = ("teacher@25",)  # guided
 def evaluate(distillation: Distillation, folder: Path, line: Line) -> list[Row]:
     """The table at the end of training, of the embedded world: measured, printed, and written to folder/tiny.json."""
     recipe = distillation.recipe
+    if distillation.together:
+        line.say(f"no table: networks are in shares; with whole ones: stepdistill eval {folder.parent}")
+        return []
     if recipe.data.prompts != EMBEDDED_DATA:
         line.say(
             f"no table: only the embedded world (data.prompts: {EMBEDDED_DATA}) brings its own prompts and pictures; with "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import distributed
 from ..assemble import Distillation
 from ..data.prompts import read_prompts
 from ..data.texts import Texts
@@ -54,8 +55,9 @@ class Samples:
                 rows.append((f"student\n{plural(n)}\nat iteration {step}", made))
                 self.keep(f"{step:06d}", f"student-{n}steps", rows[-1][0], made)
         path = self.folder / f"{step:06d}.png"
-        with beside(path) as tmp:
-            draw_grid(rows, self.prompts).save(tmp, "PNG")
+        if distributed.rank() == 0:
+            with beside(path) as tmp:
+                draw_grid(rows, self.prompts).save(tmp, "PNG")
         self.warn_if_inert(step)
         return path
 
@@ -65,6 +67,8 @@ class Samples:
 
     def keep(self, shelf: str, row: str, label: str, pictures: np.ndarray) -> None:
         """Write a row's pictures one by one, and note their prompts and the row's label beside them."""
+        if distributed.rank() > 0:
+            return
         keep_pictures(self.folder / "pictures" / shelf / row, pictures)
         write_text(self.folder / "pictures" / shelf / "prompts.json", json.dumps(self.prompts))
         notes = self.folder / "pictures" / shelf / "labels.json"
