@@ -105,12 +105,17 @@ def _escape(c: str) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, on one line."""
-    return re.sub(r"([\\`*\[\]<>&#!~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<>&#!~])", r"\\\1", " ".join(printing(text).split()))
+
+
+def printing(text: str) -> str:
+    """Text on one line, with blanks for what does not print."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def quoted(text: str) -> str:
     """Text as code in Markdown, whatever backticks it has, on one line."""
-    text = "".join(c if c.isprintable() else " " for c in text)
+    text = printing(text)
     ticks = "`"
     while ticks in text:
         ticks += "`"

@@ -45,6 +45,7 @@ def run(argv: Sequence[str] | None) -> int:
     # what torchao says of GPUs, and bitsandbytes of kernels, that are not there and that nobody needs, whoever imports them
     for chatter in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a hub that is asked for a model is told no more than its name
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(args, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
