@@ -78,3 +78,15 @@ def test_the_page_of_exports_names_what_there_is():
     (keys,) = (yaml.safe_load(code)["model"] for code in re.findall("```yaml\n(.*?)```", page, re.DOTALL))
     assert keys.keys() <= fields_of(Model).keys() and [split_scale(text)[1] for text in keys["loras"]] == [0.8, 1.0]
     assert 'pipe.set_adapters(["few_step", "style"], [1.0, 0.7])' in page
+
+
+def test_each_line_of_the_security_page_names_a_test_that_there_is():
+    page = (REPO / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| what", "| ---"))]
+    assert len(rows) >= 30
+    for row in rows:
+        what, trusted, happens, test = (cell.strip() for cell in row.strip("|").split(" | "))
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", test)
+        assert what and trusted.startswith(("yes", "no")) and happens and named, row
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (REPO / file).read_text(encoding="utf-8"), re.MULTILINE), (file, name)

@@ -90,9 +90,17 @@ def lose_a_layer(out):
     save_file({key: x for key, x in state.items() if key != next(iter(state))}, out / LORA)
 
 
+def keep_a_row(out):
+    """Which `copy_` would write into every row."""
+    state = load_file(out / LORA)
+    key = next(key for key in state if key.endswith("lora_A.weight"))
+    save_file(state | {key: state[key][:1].contiguous()}, out / LORA)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (keep_a_row, "do not agree about the shape of .*lora_A"),
         (lambda out: spoil(out, lambda tree: tree["files"].pop("diffusers")), "kohya files alone.*--formats diffusers"),
         (lambda out: spoil(out, lambda tree: tree.update(format=4)), "another version of stepdistill; export the run again"),
         (lambda out: spoil(out, lambda tree: tree["recipe"].update(trust_remote_code=True)), "code of another package"),
