@@ -32,6 +32,8 @@ def formats(text: str) -> tuple[str, ...]:
     for name in chosen:
         if name not in FORMATS:
             raise argparse.ArgumentTypeError(f"unknown format {name}; there are {', '.join(FORMATS)}")
+    if not chosen:
+        raise argparse.ArgumentTypeError(f"'{text}' names no format; there are {', '.join(FORMATS)}")
     return chosen
 
 

@@ -13,6 +13,7 @@ from PIL import ImageOps
 from .. import distributed
 from ..errors import UserError
 from ..families.base import Family
+from ..fields import unfit
 from ..show import Line
 from ..sources import EMBEDDED_DATA
 from .buckets import Size, nearest
@@ -32,7 +33,13 @@ def read_pictures(source: str, count: int | None = None) -> Iterator[Picture | S
     """Pictures of a source, at most `count` (None: all of a folder), and what had to be left out; none is opened yet."""
     if source == EMBEDDED_DATA:
         return drawings(count)
-    return islice(chain.from_iterable(kind(Path(source)) for kind in KINDS), count)
+    return islice(map(captioned, chain.from_iterable(kind(Path(source)) for kind in KINDS)), count)
+
+
+def captioned(one: Picture | Skipped) -> Picture | Skipped:
+    """The same, unless its caption is too long, or holds what is no text."""
+    fault = unfit(one.caption, place=False) if isinstance(one, Picture) else None
+    return Skipped(one.name, f"has a caption that {fault}") if fault else one
 
 
 def store_pictures(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..fields import unfit
 from ..foreign import parse_json
 from ..sources import CAPTIONS, EMBEDDED_DATA, EMBEDDED_PROMPTS
 from ..tiny.world import scenes
@@ -30,41 +31,68 @@ def read_prompts(source: str, count: int | None = None) -> list[str]:
     if source == EMBEDDED_PROMPTS:
         return list(islice(sentences(), count or GRAMMAR_COUNT))
     path = Path(source)
-    lines = FILES.get(path.suffix.lower(), text_lines)(path)
     try:
-        prompts = list(islice(filter(None, map(str.strip, lines)), count))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        prompts = list(islice(usable(path), count))
+    except (OSError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); give a file of prompts in UTF-8") from None
     if not prompts:
         raise UserError(f"{path} holds no prompt; write one prompt a line, or in its column {' or '.join(CAPTIONS)}")
     return prompts
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    """A prompt a line."""
-    with path.open(encoding="utf-8-sig") as file:
-        yield from file
+def usable(path: Path) -> Iterator[str]:
+    """The prompts of a file that are not empty.
+
+    Raises:
+        UserError: one is too long, or holds what is no text.
+    """
+    for n, text in FILES.get(path.suffix.lower(), text_lines)(path):
+        if not isinstance(text, str):
+            raise UserError(f"{path}:{n} {lacking('a row')}")
+        if prompt := text.strip():
+            if fault := unfit(prompt, place=False):
+                raise UserError(f"{path}:{n} the prompt {prompt[:60]!r} {fault}")
+            yield prompt
 
 
-def json_lines(path: Path) -> Iterator[str]:
-    """A JSON object a line."""
-    with path.open(encoding="utf-8-sig") as file:
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """A prompt a line, with the line's number.
+
+    Raises:
+        UserError: a line is not in UTF-8.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:  # csv reads the ends of lines itself
         for n, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield caption_of(parse_json(line))
-                except (ValueError, TypeError):
-                    raise UserError(f"{path}:{n} {lacking('a JSON object')}") from None
-
-
-def csv_rows(path: Path) -> Iterator[str]:
-    """Comma-separated values whose first line names the columns."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in (rows := csv.DictReader(file)):
             try:
-                yield caption_of(row)
+                line.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{path}:{n} is not text in UTF-8; save the file as UTF-8") from None
+            yield n, line
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """A JSON object a line."""
+    for n, line in text_lines(path):
+        if line.strip():
+            try:
+                yield n, caption_of(parse_json(line))
             except (ValueError, TypeError):
-                raise UserError(f"{path}:{rows.line_num} {lacking('a row')}") from None
+                raise UserError(f"{path}:{n} {lacking('a JSON object')}") from None
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, str]]:
+    """Comma-separated values whose first line names the columns."""
+    rows = csv.DictReader(line for _, line in text_lines(path))
+    for row in rows:
+        try:
+            yield rows.line_num, caption_of(row)
+        except (ValueError, TypeError):
+            raise UserError(f"{path}:{rows.line_num} {lacking('a row')}") from None
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, str]]:
+    """The captions of a Parquet file."""
+    return enumerate(texts(path), 1)
 
 
 def caption_of(row: dict[str, Any]) -> str:
@@ -85,4 +113,8 @@ def lacking(what: str) -> str:
     return f"is not {what} with a text under {', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}; mend or remove it"
 
 
-FILES: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": json_lines, ".csv": csv_rows, ".parquet": texts}
+FILES: dict[str, Callable[[Path], Iterator[tuple[int, str]]]] = {  # each text with its line or row
+    ".jsonl": json_lines,
+    ".csv": csv_rows,
+    ".parquet": table_rows,
+}

@@ -65,7 +65,7 @@ def rows(path: Path, name: str) -> Iterator[Picture | Skipped]:
         caption, pixels = column(table.schema.names, CAPTIONS), picture_column(table.schema)
         for part in range(table.parts):
             for i, text in enumerate(table.read(part, [caption])[caption].to_pylist()):
-                if text and text.strip():
+                if isinstance(text, str) and text.strip():
                     yield Picture(f"{name}:{n}", file_key(path, n), text.strip(), partial(picture, path, part, i, pixels))
                 else:
                     yield Skipped(f"{name}:{n}", "has no caption")

@@ -55,6 +55,8 @@ def read_geneval(path: Path) -> list[Entry]:
     """
     found = []
     try:
+        if not path.is_file():  # a pipe or a device would be read for ever
+            raise FileNotFoundError("no such file")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read ({error}); give GenEval's evaluation_metadata.jsonl") from None
@@ -63,7 +65,7 @@ def read_geneval(path: Path) -> list[Entry]:
             continue
         try:
             prompt = json.loads(line)["prompt"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             prompt = None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(
@@ -81,7 +83,7 @@ def read_dpg(folder: Path) -> list[Entry]:
     Raises:
         UserError: it is no folder, holds no text files, or one that is empty, unreadable, or has a point in its name.
     """
-    files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
+    files = sorted(file for file in folder.glob("*.txt") if file.is_file()) if folder.is_dir() else []
     if not files:
         raise UserError(
             f"--prompts {folder} is no folder of .txt files; give DPG-Bench's folder prompts, a file for each prompt"

@@ -49,7 +49,7 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, text,
 
 def test_what_is_not_text_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match=r"a\.txt cannot be read"):
+    with pytest.raises(UserError, match=r"a\.txt:1 is not text in UTF-8"):
         read_prompts(str(tmp_path / "a.txt"))
 
 
