@@ -4,6 +4,22 @@ LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "d
 TSCD, TRIG, SCM, RCM, BOOT, REFLOW = (f"strategies/{name}.py" for name in ("tscd", "trigflow", "scm", "rcm", "boot", "reflow"))
 SHARED = "strategies/shared.py"
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
+    ("yaml_tree.py", "if self.nodes > NODES:", "if False:", "bad_input"),
+    ("yaml_tree.py", "if event.anchor is not None:", "if isinstance(event, yaml.AliasEvent):", "bad_input"),
+    ("yaml_tree.py", "if depth > DEPTH:", "if False:", "bad_input"),
+    ("yaml_tree.py", "        if event.tag is not None:", "        if False:", "bad_input"),
+    (
+        "yaml_tree.py",
+        "return plain(event.value) if event.implicit[0] else event.value",
+        "return plain(event.value)",
+        "bad_input",
+    ),
+    ("fields.py", 'if any("\\ud800" <= letter', 'if False and any("\\ud800" <= letter', "bad_input"),
+    ("errors.py", "if c.isprintable() or c in", "if True or c in", "cli_input"),
+    ("cli.py", "        return 141", "        raise", "cli_input"),
+    ("arguments.py", "if all(map(math.isfinite, found)):", "if True:", "cli_input"),
+    ("data/prompts.py", "if fault := unfit(prompt, place=False):", "if fault := None:", "damaged_texts"),
+    ("data/prompts.py", "except (ValueError, TypeError, RecursionError):", "except (ValueError, TypeError):", "damaged_texts"),
     ("families/quantize.py", "module.support_avx512bf16_for_cpu = False", "pass", "quantize"),
     ("trackers.py", "purge_step=self.at + 1", "purge_step=None", "trackers"),
     ("trackers.py", "purge_step=self.at + 1", "purge_step=self.at", "trackers"),

@@ -126,7 +126,7 @@ def answer(argv):
 def test_odd_names_are_answered(place, command):
     """None of them is what it should be; `report` shows what is wrong with a run on its page, and `ls` and `cat` list."""
     before = sorted(place.rglob("*"))
-    for odd in ODD[:: 6 if command[-1] == "--resume" else 1]:  # it draws the prompts of an evaluation each time
+    for odd in ODD[:: 6 if "--resume" in command else 1]:  # it draws the prompts of an evaluation each time
         argv = [command[0], odd, *command[1:]] if command in RUN else [*command, odd]
         if argv[:2] in (["cat", "file"], ["cat", "latin.yaml"], ["report", "run"], ["ls", "--"]):
             continue
