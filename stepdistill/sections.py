@@ -160,7 +160,7 @@ def check(
     if "model.source" in values:
         found = check_model(values["model.source"], values.get("model.variant"), families, there)
         yield from looked_at(("model", "source"), found)
-    for lora in values.get("model.loras", ()):
+    for lora in values.get("model.loras", ())[: MOST["model", "loras"]]:
         yield from looked_at(("model", "loras"), check_lora(lora))
     if strategy and (family := families.get(pipeline_class(values.get("model.source", "")))):
         yield from check_guidance(family, strategy, values.get("pairs.guidance"))
