@@ -66,10 +66,14 @@ class Run:
         newest = checkpoint.newest(self.checkpoints, Line().say)
         return 0 if newest is None else checkpoint.step_of(newest)
 
-    def finished(self, recipe: Recipe) -> bool:
-        """Whether this recipe was trained to its end, exported after that, measured and reported."""
+    def reported(self, recipe: Recipe) -> bool:
+        """Whether this recipe was exported here, and after that measured and reported."""
         done = (self.export / SIDECAR).is_file() and self.report.is_file()
-        return done and read_export(self.export).recipe_hash == recipe_hash(recipe) and self.step >= recipe.train.steps
+        return done and read_export(self.export).recipe_hash == recipe_hash(recipe)
+
+    def finished(self, recipe: Recipe) -> bool:
+        """Whether this recipe was trained to its end, and exported, measured and reported after that."""
+        return self.reported(recipe) and self.step >= recipe.train.steps
 
 
 def train(recipe: Recipe, output: Path | str | None = None, resume: str = "auto") -> Run:
@@ -151,9 +155,8 @@ def idle(distillation: Distillation) -> list[nn.Module]:
 
 def nothing_left(run: Run, recipe: Recipe, resume: str, line: Line) -> bool:
     """Whether the run is finished, and is what is to be gone on from."""
-    if not run.finished(recipe):
-        return False
-    return find_start(run, recipe, resume, line) == checkpoint.newest(run.checkpoints, line.say)
+    start = find_start(run, recipe, resume, line) if run.reported(recipe) else None
+    return start is not None and start.parent == run.checkpoints and checkpoint.step_of(start) >= recipe.train.steps
 
 
 def move_aside(run: Run, line: Line) -> None:
