@@ -159,6 +159,8 @@ def newest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
             for other, reason in bad.items():
                 say(f"warning: {other} is damaged ({reason}) and is not used; {path} is whole, and taken instead")
             return path
+        if not path.exists():  # a training that goes on has just removed it, after it wrote another
+            return newest(folder, say)
         bad[path] = why
     if bad:
         named = "; ".join(f"{path.name}: {why}" for path, why in bad.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from processes import world
+from processes import start, world
 
 from stepdistill import checkpoint, distributed, files
 from stepdistill.errors import UserError
@@ -170,8 +171,8 @@ def killed_at(moment, action):
     return status == signal.SIGKILL
 
 
-@pytest.mark.parametrize(("step", "every"), [(3, 31), (2, 29), *(pytest.param(k, 1, marks=pytest.mark.long) for k in (3, 2))])
-def test_killed_at_any_line_of_saving_a_whole_one_is_there(tmp_path, step, every):
+@pytest.mark.parametrize(("step", "every"), [(3, 31), (2, 29)])
+def test_killed_at_some_lines_of_saving_a_whole_one_is_there(tmp_path, step, every):
     """Saving a new one, which removes the oldest, and one of a step that is there already."""
     before = tmp_path / "before"
     for old in (1, 2):
@@ -201,6 +202,36 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     path = save(tmp_path, 1)
     (tmp, before), *_ = named
     assert before == {tmp, *(tmp / name for name in names(path))} and tmp_path in synced
+
+
+def test_one_that_a_training_removes_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1, keep=1)
+    honest = checkpoint.damage
+
+    def damage(path):
+        if path.name == "000001":
+            save(tmp_path, 2, keep=1)
+        return honest(path)
+
+    monkeypatch.setattr(checkpoint, "damage", damage)
+    assert checkpoint.newest(tmp_path, pytest.fail) == tmp_path / "000002"
+
+
+def limited(folder):
+    """In a process of its own: files may have 100 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    try:
+        save(folder, 2)
+    except UserError as error:
+        return int("no checkpoint could be written (File too large)" not in str(error))
+    return 2
+
+
+def test_a_real_limit_of_the_system_is_told_too(tmp_path):
+    save(tmp_path, 1)
+    process = start(limited, tmp_path)
+    process.join()
+    assert process.exitcode == 0 and names(tmp_path) == ["000001"] and holds(checkpoint.newest(tmp_path), 1)
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -274,3 +305,9 @@ def test_scores_that_cannot_be_read_are_none(tmp_path):
     for text in ("[]", "{", json.dumps({"score": "low"}), json.dumps({"score": None})):
         (path / "state.json").write_text(text)
         assert checkpoint.score_of(path) is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", [3, 2])
+def test_killed_at_any_line_of_saving_a_whole_one_is_there(tmp_path, step):
+    test_killed_at_some_lines_of_saving_a_whole_one_is_there(tmp_path, step, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -10,13 +11,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
-from processes import start
+from processes import start, world
 from students import student
 
-from stepdistill import checkpoint, files, runs
+from stepdistill import checkpoint, distributed, export, files, runs, verbs
 from stepdistill.assemble import restore
 from stepdistill.cli import main
 from stepdistill.evaluate.grid import Samples, forget
@@ -148,20 +150,13 @@ def test_a_run_that_was_stopped_while_it_was_measured_is_not_finished(place, mon
     assert "is finished" in capsys.readouterr().err
 
 
+PLACES = ("prompts", "assemble", "grid", "export", "saving")
+SIGNALS = [(where, number) for where in PLACES for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 @pytest.mark.parametrize(
     ("where", "number"),
-    [
-        *(("grid", signal.SIGINT), ("export", signal.SIGTERM)),
-        *(
-            pytest.param("grid", signal.SIGTERM, marks=pytest.mark.long),
-            pytest.param("export", signal.SIGINT, marks=pytest.mark.long),
-        ),
-        *(
-            pytest.param(where, number, marks=pytest.mark.long)
-            for where in ("prompts", "assemble", "saving")
-            for number in (signal.SIGINT, signal.SIGTERM)
-        ),
-    ],
+    [pytest.param(*one, marks=pytest.mark.long if one != ("grid", signal.SIGINT) else ()) for one in SIGNALS],
 )
 def test_a_signal_anywhere_leaves_with_130_and_what_is_whole(place, trained, monkeypatch, where, number):
     """In the grid and while saving it is a wish: the run saves at the end of its step, and stops."""
@@ -212,6 +207,7 @@ def asked_twice(argv):
     return main(argv)
 
 
+@pytest.mark.long
 def test_a_second_signal_leaves_at_once_and_without_harm(place, trained):
     shutil.rmtree("here/checkpoints/000004")
     process = start(asked_twice, [*place[:-1], str(Path("here").resolve())])
@@ -219,6 +215,28 @@ def test_a_second_signal_leaves_at_once_and_without_harm(place, trained):
     assert process.exitcode == 130 and not Path("here/too-late").exists() and Run(Path("here")).step == 3
     assert main(place) == 0
     assert same(tensors("here"), tensors(trained / "whole")) and sorted(os.listdir("here/checkpoints")) == ["000003", "000004"]
+
+
+def one_is_asked(argv, number):
+    """Of two processes that train together, the second one hears a signal."""
+    honest = LCM.losses
+
+    def losses(self, roles, batch, draw):
+        if draw.step == 1 and distributed.rank() == 1:
+            os.kill(os.getpid(), number)
+        yield from honest(self, roles, batch, draw)
+
+    LCM.losses = losses
+    return main(argv)
+
+
+@pytest.mark.long
+def test_processes_that_train_together_stop_at_one_step(trained, tmp_path):
+    argv = ["train", str(trained / "run" / "recipe.yaml"), *QUICK, "train.save_every=100", "--output", str(tmp_path / "two")]
+    assert world(2, one_is_asked, argv, signal.SIGTERM, seconds=300) == [130, 130]
+    assert Run(tmp_path / "two").step == 2
+    assert world(2, main, argv, seconds=300) == [0, 0]
+    assert Run(tmp_path / "two").step == 4 and not (tmp_path / "two" / LOCK).exists()
 
 
 def full(*_args, **_named):
@@ -246,18 +264,24 @@ def test_a_disk_too_small_for_a_checkpoint_is_refused_before_any_work(place, mon
     assert "a checkpoint needs" in capsys.readouterr().err and not Path("here").exists()
 
 
-@pytest.mark.parametrize("where", ["samples", "log"])
-def test_samples_and_a_log_that_a_full_disk_refuses_are_told_and_training_goes_on(place, trained, monkeypatch, capsys, where):
+class Full:
+    """A file on a full disk."""
+
+    write = flush = close = full
+
+
+def test_samples_and_a_log_that_a_full_disk_refuses_are_told_and_training_goes_on(place, trained, monkeypatch, capsys):
     for step in (3, 4):
         shutil.rmtree(f"here/checkpoints/00000{step}")
-    if where == "samples":
-        monkeypatch.setattr(Samples, "__call__", full)
-    else:
-        monkeypatch.setattr(Log, "__call__", lambda self, *_: self.attempt(None))
-        monkeypatch.setattr(Log, "attempt", lambda self, text: text is None and self.line.say("warning: log full"))
+    honest = Log.__init__
+    monkeypatch.setattr(
+        Log, "__init__", lambda self, *args: (honest(self, *args), self.file.close(), setattr(self, "file", Full()))[0]
+    )
+    monkeypatch.setattr(Samples, "__call__", full)
     assert main([*place, "eval.every=2"]) == 0
     said = capsys.readouterr().err
-    assert "warning: no samples of step 2 could be written" in said if where == "samples" else "warning: log full" in said
+    assert "warning: no samples of step 2 could be written" in said
+    assert said.count("log.jsonl cannot be written (No space left on device)") == 1
     assert same(tensors("here"), tensors(trained / "whole"))
 
 
@@ -280,8 +304,6 @@ def test_log_lines_wait_for_a_full_disk_and_none_is_cut(tmp_path, capsys):
 
         def __getattr__(self, name):
             return getattr(raw, name)
-
-    import io
 
     class Raw(Disk, io.RawIOBase):
         def writable(self):
@@ -312,8 +334,6 @@ def test_no_disk_gives_a_traceback(monkeypatch, capsys, verb, number):
     def refuse(_args):
         raise OSError(number, os.strerror(number), "some/file")
 
-    from stepdistill import verbs
-
     monkeypatch.setattr(verbs, verb, refuse)
     assert main([verb, "a", *(["b"] if verb == "cp" else [])]) == 2
     said = capsys.readouterr().err
@@ -326,8 +346,6 @@ def test_a_read_only_folder_is_refused_before_any_work(place, monkeypatch, capsy
     def refuse(*_args, **_named):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    import filelock
-
     monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
     monkeypatch.setattr(runs, "assemble", lambda *_: pytest.fail("it began"))
     assert main(place) == 2
@@ -336,8 +354,6 @@ def test_a_read_only_folder_is_refused_before_any_work(place, monkeypatch, capsy
 
 def test_a_disk_that_refuses_the_export_leaves_the_old_one(place, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in Path("here/export").rglob("*.*") if path.is_file()}
-    from stepdistill import export
-
     monkeypatch.setattr(export, "check_export", full)
     assert main(["export", "here"]) == 2
     assert "here/export: No space left on device; make room" in capsys.readouterr().err
