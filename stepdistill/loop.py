@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import checkpoint, distributed
@@ -35,7 +36,7 @@ def loop(
     recipe, steps, times = trainer.recipe, trainer.recipe.train.steps, trainer.times
     main = distributed.rank() == 0
     draws = main or trainer.distillation.together  # who runs networks in shares runs them with all
-    log, began, first = Log(folder, trainer.at, line), time.monotonic(), trainer.at
+    log, began, first = Log(folder, trainer.at, line) if main else None, time.monotonic(), trainer.at
     if recipe.eval.every and trainer.at == 0 and draws:
         show(samples, trackers, trainer, line)
     with stopping() as stop:
@@ -53,7 +54,9 @@ def loop(
             with times("evaluation"), memory("sampling", recipe):
                 watched = watching(trainer.at) if due else {}
             seconds = time.monotonic() - began
-            log(trainer.at, seconds, values | watched, note | account.told(trainer.at))
+            spent = account.told(trainer.at)
+            if main:
+                log(trainer.at, seconds, values | watched, note | spent)
             trackers.log(values | watched, trainer.at)
             left = seconds / (trainer.at - first) * (steps - trainer.at)
             line(summary(trainer.at, steps, left, values), final=done)
@@ -66,9 +69,10 @@ def loop(
                 raise KeyboardInterrupt
             if due:
                 show(samples, trackers, trainer, line)
-    log.close()
-    if main and (better := best(folder, trainer.at)):
-        line.say(better)
+    if main:
+        log.close()
+        for better in best(folder, trainer.at):
+            line.say(better)
 
 
 def show(samples: Samples, trackers: Trackers, trainer: Trainer, line: Line) -> None:
@@ -80,12 +84,12 @@ def show(samples: Samples, trackers: Trackers, trainer: Trainer, line: Line) -> 
             line.say(f"warning: no samples of step {trainer.at} could be written ({error}); training goes on")
 
 
-def best(folder: Path, last: int) -> str:
+def best(folder: Path, last: int) -> Iterator[str]:
     """Which checkpoint of a run looks most like the teacher, if that is not the last one, and how to export it."""
     scores = {step: score for step, score in read_scores(folder).items() if step in checkpoint.steps(folder / "checkpoints")}
     if last not in scores or (step := min(scores, key=scores.__getitem__)) == last:
-        return ""
-    return (
+        return
+    yield (
         f"step {step} looks more like the teacher (watch/score {scores[step]:.3g}, at the end {scores[last]:.3g}): "
         f"stepdistill export {folder} --checkpoint {step}"
     )

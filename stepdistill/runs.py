@@ -135,7 +135,8 @@ def train_alone(run: Run, recipe: Recipe, resume: str, line: Line) -> None:
         with placed(idle(distillation), devices.IDLE):
             loop(run.folder, trainer, samples, watching, trackers, account, line)
 
-        run.report.unlink(missing_ok=True)  # its being there says that all that follows is done
+        if distributed.rank() == 0:
+            run.report.unlink(missing_ok=True)  # its being there says that all that follows is done
         with times("saving"):
             line.say(f"exported to {run.export}; {write_export(distillation, run.export)}")
         if recipe.eval.n:

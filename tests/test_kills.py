@@ -26,7 +26,7 @@ CASES = {  # name -> strategy, overrides
 def repeat(folder, case, kills, seed, timed=True):
     """Kill runs of a case so often, and compare each that comes to its end; timed: each second time not inside saving."""
     strategy, overrides = CASES[case]
-    student(folder, "eps", strategy=strategy)
+    student(folder, "eps", "train.steps=6", *overrides, strategy=strategy)
     file, rng = folder / "run" / "recipe.yaml", random.Random(seed)
     argv = lambda name: command(file, folder / name, *QUICK, *overrides)  # noqa: E731
     run_whole(argv("whole"))
