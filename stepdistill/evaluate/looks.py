@@ -59,16 +59,16 @@ def energy(first: Tensor, second: Tensor) -> float:
 def apart(first: Tensor, second: Tensor) -> Tensor:
     """Mean distance of rows [G, n, D] of different index, in each group. [G]"""
     n = first.shape[1]
-    return torch.stack([others(a, b).sum() / (n * (n - 1)) for a, b in zip(first, second, strict=True)])
+    return others(first, second).sum((1, 2)) / (n * (n - 1))
 
 
-def others(a: Tensor, b: Tensor) -> Tensor:
-    """Distances of rows [n, D] to those of other index, 0 elsewhere. [n, n]"""
-    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances * (1 - torch.eye(len(a), dtype=a.dtype))
+def others(first: Tensor, second: Tensor) -> Tensor:
+    """Distances of rows [G, n, D] to those of other index in their group, 0 elsewhere. [G, n, n]"""
+    distances = torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances * (1 - torch.eye(first.shape[1], dtype=first.dtype))
 
 
 def unlike(thumbnails: Tensor) -> Tensor:
     """How unlike the others of its group each picture is: the mean distance of rows [G, n, D], a root mean square. [G, n]"""
     n, size = thumbnails.shape[1:]
-    return torch.stack([others(x, x).sum(1) / (n - 1) / size**0.5 for x in thumbnails])
+    return others(thumbnails, thumbnails).sum(2) / (n - 1) / size**0.5
