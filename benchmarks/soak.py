@@ -4,14 +4,16 @@
     python benchmarks/soak.py --minutes 60
 
 It is one `train` of the embedded teacher's student, with its log, trackers, checkpoints and sample grids, which is measured as
-well, once a cycle of steps. Memory is looked at after every step. What leaks grows from cycle to cycle: the slope is that of a
-line through the cycles' means, for neighbouring steps are much alike, and its interval is Student's. The first cycles do not
-count: they import, and fill caches. In the end the process sends itself SIGTERM, which has to save and leave.
+well, once a cycle of steps. Memory is looked at after every step, as the system counts it, and as the allocator does, which is
+sharper: it does not count what it keeps for later. What leaks grows from cycle to cycle: the slope is that of a line through
+the cycles' means, for neighbouring steps are much alike, and its interval is Student's. The first cycles do not count: they
+import, and fill caches. In the end the process sends itself SIGTERM, which has to save and leave.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -38,11 +40,34 @@ OVERRIDES = (
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 
 
+class Heap(ctypes.Structure):
+    """What glibc tells of its allocator, `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keep".split()
+    ]
+
+
+def heap() -> int | None:
+    """Bytes that the allocator has given out and not got back, tensors among them; None where it does not tell."""
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is None:
+        return None
+    ask.restype = Heap
+    told = ask()
+    return told.uordblks + told.hblkhd
+
+
 def held() -> dict[str, int]:
-    """Bytes of memory, open files and threads of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    """Bytes of memory, open files and threads of this process.
+
+    memory: what is no part of a file, in pages, also those that the allocator keeps for later. heap: see there.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    memory = int(status["RssAnon"].split()[0]) * 1024
     files = len(os.listdir("/proc/self/fd")) - 1  # but for the folder itself
-    return {"rss": pages * os.sysconf("SC_PAGE_SIZE"), "files": files, "threads": len(os.listdir("/proc/self/task"))}
+    given = heap()
+    return {"memory": memory, "heap": memory if given is None else given, "files": files, "threads": int(status["Threads"])}
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
@@ -56,26 +81,33 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
     return float(b), float(b - t * error), float(b + t * error)
 
 
-def judge(seen: Sequence[tuple[int, float, int]], ends: Sequence[dict[str, int]], warm: int = WARM) -> dict[str, Any]:
-    """Figures and verdict. seen: cycle, seconds and bytes of every step. ends: what was held at the end of each cycle."""
-    cycles = range(warm, len(ends))
-    at = [float(np.mean([t for k, t, _ in seen if k == cycle])) / 3600 for cycle in cycles]
-    rss = [float(np.mean([x for k, _, x in seen if k == cycle])) / MIB for cycle in cycles]
-    per_hour, low, high = slope(at, rss)
-    steps_per_hour = sum(k in cycles[1:] for k, _, _ in seen) / (at[-1] - at[0])
-    files, threads = ([end[key] for end in ends[warm:]] for key in ("files", "threads"))
+def trend(cycles: range, at: Sequence[float], values: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """How what is held grows. at: hours of each cycle. values: cycle and bytes of every step."""
+    mib = [float(np.mean([x for k, x in values if k == cycle])) / MIB for cycle in cycles]
+    per_hour, low, high = slope(at, mib)
+    steps_per_hour = sum(k in cycles[1:] for k, _ in values) / (at[-1] - at[0])
     return {
-        "cycles": len(cycles),
         "mib_per_hour": per_hour,
         "low": low,
         "high": high,
         "kib_per_step_noticed": (high - per_hour) / steps_per_hour * 1024,  # half of the interval: a greater leak shows
-        "mib": [round(x, 2) for x in rss],
-        "files": files,
-        "threads": threads,
+        "mib": [round(x, 2) for x in mib],
         "flat": low <= 0 or per_hour < NOISE,
-        "constant": len(set(files)) == 1 and max(threads) == threads[0],
     }
+
+
+def judge(seen: Sequence[tuple[int, float, int, int]], ends: Sequence[dict[str, int]], warm: int = WARM) -> dict[str, Any]:
+    """Figures and verdict. seen: cycle, seconds, memory, heap of every step. ends: what was held at the end of each cycle."""
+    cycles = range(warm, len(ends))
+    at = [float(np.mean([t for k, t, _, _ in seen if k == cycle])) / 3600 for cycle in cycles]
+    trends = {
+        "memory": trend(cycles, at, [(k, x) for k, _, x, _ in seen]),
+        "heap": trend(cycles, at, [(k, x) for k, _, _, x in seen]),
+    }
+    files, threads = ([end[key] for end in ends[warm:]] for key in ("files", "threads"))
+    constant = len(set(files)) == 1 and max(threads) == threads[0]
+    flat = all(one["flat"] for one in trends.values())
+    return {"cycles": len(cycles), "flat": flat, "constant": constant, **trends, "files": files, "threads": threads}
 
 
 def soak(minutes: float, folder: Path, leak: int = 0, cycle: int = 40, figures: bool = True) -> dict[str, Any]:
@@ -92,13 +124,14 @@ def soak(minutes: float, folder: Path, leak: int = 0, cycle: int = 40, figures: 
 
     began, honest = time.monotonic(), Trainer.step
     lost: list[bytes] = []
-    seen: list[tuple[int, float, int]] = []
+    seen: list[tuple[int, float, int, int]] = []
     ends: list[dict[str, int]] = []
 
     def step(self: Trainer) -> dict[str, float]:
         values = honest(self)
         lost.append(os.urandom(leak))
-        seen.append((len(ends), time.monotonic() - began, held()["rss"]))
+        now = held()
+        seen.append((len(ends), time.monotonic() - began, now["memory"], now["heap"]))
         if self.at % cycle == 0:
             if figures:
                 compare(self.distillation, tiny_suite(80), folder / "eval", Line(), steps=[1], against=["none"])
@@ -133,10 +166,10 @@ def main() -> int:
         made = soak(minutes, Path(folder))
     made |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__, "commit": commit()}
     RESULTS.write_text(json.dumps(made, indent=1) + "\n")
-    print(
-        f"{made['minutes']:.0f} minutes, {made['steps']} steps, {made['cycles']} cycles: "
-        f"{made['mib_per_hour']:+.1f} MiB an hour ({made['low']:+.1f} .. {made['high']:+.1f}), open files {set(made['files'])}"
-    )
+    print(f"{made['minutes']:.0f} minutes, {made['steps']} steps, {made['cycles']} cycles; open files {set(made['files'])}")
+    for what in ("memory", "heap"):
+        one = made[what]
+        print(f"{what}: {one['mib_per_hour']:+.2f} MiB an hour ({one['low']:+.2f} .. {one['high']:+.2f})")
     return 0 if made["flat"] and made["constant"] else 1
 
 
