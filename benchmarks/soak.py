@@ -44,7 +44,8 @@ class Heap(ctypes.Structure):
     """What glibc tells of its allocator, `struct mallinfo2`."""
 
     _fields_ = [
-        (name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keep".split()
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keep"]
     ]
 
 
