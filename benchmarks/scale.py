@@ -34,20 +34,22 @@ BEGIN, END = "<!-- measured: benchmarks/scale.py -->", "<!-- end of measured -->
 OVERRIDES = ["data.count=64", "train.batch=16", "train.ema=0.95", "eval.every=0"]
 ROWS = (2, 4, 8, 16)  # samples of a process
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
+MACHINE = 8  # GPUs of one
+FIXED = 256  # samples of an iteration, where their number is fixed
+NVLINK, PCIE = "NVLink 4", "PCIe 4.0 x16"
+BETWEEN = ("InfiniBand, 8 x 400 Gb/s", "Ethernet, 100 Gb/s")  # machines
+HOW = ("null", "full", "hybrid")  # train.shard
 ASSUMED = {
     "operations a second of a GPU": 989e12,  # the maker's figure: H100 SXM, bf16, dense
     "share of them that training reaches": 0.35,  # assumed
     "links": {  # bytes a second to the neighbour (the makers' figures, for one direction), and seconds of latency (assumed)
-        "NVLink 4, in a machine": (450e9, 5e-6),
-        "PCIe 4.0 x16, in a machine": (32e9, 10e-6),
-        "InfiniBand, 8 x 400 Gb/s a machine": (400e9, 20e-6),
-        "Ethernet, 100 Gb/s a machine": (12.5e9, 50e-6),
+        NVLINK: (450e9, 5e-6),
+        PCIE: (32e9, 10e-6),
+        BETWEEN[0]: (400e9, 20e-6),
+        BETWEEN[1]: (12.5e9, 50e-6),
     },
 }
-MODELS = {  # recipe: what is looked at
-    "dmd2_sdxl": [],
-    "dmd2_flux": [],
-}
+MODELS = ("dmd2_sdxl", "dmd2_flux")  # recipes that are looked at
 
 
 def step_times(rows: int, steps: int) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def measure() -> dict[str, Any]:
     two = together(2, ROWS[-1] // 2, 30)
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load": os.getloadavg()[0],
         "one": {rows: made["seconds"] for rows, made in one.items()},
         "two": {"rows": two["rows"], "seconds": two["seconds"]},
         "ring": two["ring"],
@@ -168,61 +171,76 @@ def stragglers(measured: dict[str, Any], processes: int, draws: int = 2000) -> f
     return statistics.mean(max(dice.choices(times, k=processes)) for _ in range(draws)) / statistics.median(times)
 
 
-def counted(name: str, overrides: list[str]) -> dict[str, Any]:
+def counted(name: str) -> dict[str, Any]:
     """Operations and calls of an iteration of a recipe of a large model."""
     from stepdistill import load_recipe
     from stepdistill.plan import make_plan
 
-    plan = make_plan(load_recipe(name, overrides))
-    calls = {what: [call._asdict() for call in calls] for what, calls in plan.calls().items()}
+    plan = make_plan(load_recipe(name))
+    adapters, weights = ([call._asdict() for call in calls] for calls in plan.calls().values())
     train = plan.recipe.train
-    return {"flops a sample": plan.flops / train.batch, "batch": train.batch, "parts": train.accumulate, "calls": calls}
+    return {"flops a sample": plan.flops / train.batch, "parts": train.accumulate, "adapters": adapters, "weights": weights}
 
 
-def iteration(model: dict[str, Any], what: str, rows: int, processes: int, link: str) -> dict[str, float]:
+def calls_of(model: dict[str, Any], rows: float) -> tuple[list[Call], list[Call]]:
+    """Those of an iteration for adapters, and for weights in shares: gathered in every pass, that is with every sample."""
+    weights = [Call(**call) for call in model["weights"]]
+    return [Call(**call) for call in model["adapters"]], [c._replace(times=c.times / model["parts"] * rows) for c in weights]
+
+
+def iteration(model: dict[str, Any], how: str, link: str, processes: int, rows: float) -> tuple[float, float]:
     """Seconds of computing and of sending, where each process has so many samples, one at a time, in an iteration.
 
-    Weights that are shared out are gathered in every pass, so with every sample; gradients of adapters once an iteration.
+    link: between all, or within a machine only, if there are more processes: see `route`.
     """
-    bandwidth, latency = ASSUMED["links"][link]
     pace = ASSUMED["operations a second of a GPU"] * ASSUMED["share of them that training reaches"]
-    calls = [Call(**call) for call in model["calls"][what]]
-    if any(call.kind == "all-gather" for call in calls):
-        calls = [call._replace(times=call.times / model["parts"] * rows) for call in calls]
-    return {
-        "computing": model["flops a sample"] * rows / pace,
-        "sending": seconds(calls, processes, Link(latency, bandwidth)) if processes > 1 else 0.0,
-    }
+    adapters, weights = calls_of(model, rows)
+    links = {name: Link(latency, bandwidth) for name, (bandwidth, latency) in ASSUMED["links"].items()}
+    sending = seconds(adapters, processes, links[link])
+    if how == "full":
+        sending += seconds(weights, processes, links[link])
+    if how == "hybrid":
+        sending += seconds(weights, min(processes, MACHINE), links[NVLINK])
+    return model["flops a sample"] * rows / pace, sending
 
 
-def weak(model: dict[str, Any], what: str, link: str, rows: int) -> dict[str, float]:
-    """Share of its time that a GPU computes, by the number of GPUs, with as many samples on each: nothing overlaps."""
-    found = {}
-    for n in WORLDS:
-        made = iteration(model, what, rows, n, link)
-        found[str(n)] = made["computing"] / (made["computing"] + made["sending"])
-    return found
+def share(model: dict[str, Any], how: str, link: str, processes: int, rows: float = 1) -> float:
+    """Of its time in which a GPU computes, if nothing overlaps."""
+    computing, sending = iteration(model, how, link, processes, rows)
+    return computing / (computing + sending)
 
 
-def least_rows(model: dict[str, Any], what: str, link: str, processes: int = 64) -> float:
-    """Samples of a GPU from which on computing takes longer than sending; infinite where sending grows with them as much."""
-    one, two = (iteration(model, what, rows, processes, link) for rows in (1, 2))
-    more = two["sending"] - one["sending"]
-    gain = one["computing"] - more
-    return (one["sending"] - more) / gain if gain > 0 else float("inf")
+def route(link: str, processes: int) -> str:
+    """The slowest link of a ring over machines that `link` connects, with NVLink inside."""
+    return NVLINK if processes <= MACHINE else link
+
+
+def worth(model: dict[str, Any], how: str, link: str) -> int:
+    """The most GPUs at which computing takes no less than sending, where an iteration has FIXED samples in all."""
+    fine = [n for n in (2**k for k in range(9)) if share(model, how, route(link, n), n, FIXED / n) >= 0.5]
+    return max(fine)
 
 
 def compute(measured: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
     """All that follows from what was measured, counted and assumed."""
-    paper: dict[str, Any] = {}
+    paper = []
     for name, model in models.items():
-        for what in model["calls"]:
-            paper[f"{name}: {what}"] = {
-                link: {"computes": weak(model, what, link, 1), "least rows": least_rows(model, what, link)}
-                for link in ASSUMED["links"]
-            }
+        cases = [(how, link, MACHINE) for how in HOW[:2] for link in (NVLINK, PCIE)]
+        cases += [(how, link, 64) for how in HOW for link in BETWEEN]
+        for how, link, n in cases:
+            adapters, weights = calls_of(model, 1)
+            gb = sent(adapters, n) + (sent(weights, n if how == "full" else min(n, MACHINE)) if how != "null" else 0)
+            found = {"GB": gb / 1e9, "computes": share(model, how, link, n)}
+            most = worth(model, how, link) if link in BETWEEN else None
+            paper.append({"recipe": name, "shard": how, "link": link, "GPUs": n, **found, "worth": most})
+    curves = {
+        f"{name}: {how}, {link}": {str(n): share(model, how, route(link, n), n) for n in WORLDS}
+        for name, model in models.items()
+        for how in HOW
+        for link in BETWEEN
+    }
     slowest = {str(n): stragglers(measured, n) for n in WORLDS}
-    return {"check": checked(measured), "slowest": slowest, "paper": paper}
+    return {"check": checked(measured), "slowest": slowest, "paper": paper, "curves": curves}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -241,20 +259,15 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
     lines += [
         "",
-        f"Measured on {results['measured']['machine']}.",
+        f"Measured on {results['measured']['machine']}, at a load of {results['measured']['load']:.1f}"
+        " (above 2, others worked there too, and what two processes took says little).",
         "",
-        "| recipe, and what is sent | link | GB sent by each of 64 | computes, 8 GPUs | 64 GPUs | least samples a GPU |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| recipe | `train.shard` | slowest link | GPUs | GB sent by each | computes | GPUs worth having at {FIXED} samples |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for title, links in made["paper"].items():
-        name, what = title.split(": ", 1)
-        calls = [Call(**call) for call in results["counted"][name]["calls"][what]]
-        for link, row in links.items():
-            least = row["least rows"]
-            lines.append(
-                f"| {name}: {what} | {link} | {sent(calls, 64) / 1e9:.1f} | {row['computes']['8']:.1%} | "
-                f"{row['computes']['64']:.1%} | {'none is enough' if least == float('inf') else max(1, -int(-least // 1))} |"
-            )
+    for row in made["paper"]:
+        cells = [row["recipe"], f"`{row['shard']}`", row["link"], row["GPUs"], f"{row['GB']:.1f}", f"{row['computes']:.0%}"]
+        lines.append("| " + " | ".join(map(str, [*cells, row["worth"] or ""])) + " |")
     return "\n".join(lines)
 
 
@@ -262,23 +275,23 @@ def draw(results: dict[str, Any]) -> None:
     """Share of the time that GPUs compute, over their number."""
     from matplotlib.figure import Figure
 
-    paper = results["computed"]["paper"]
-    figure = Figure(figsize=(5.2 * len(paper) ** 0.5, 3.4 * len(paper) ** 0.5), layout="constrained")
-    axes = figure.subplots(2, -(-len(paper) // 2), sharex=True, sharey=True, squeeze=False).flat
-    for axis, (title, links) in zip(axes, paper.items(), strict=False):
-        for link, row in links.items():
-            axis.plot(
-                list(map(int, row["computes"])), [100 * y for y in row["computes"].values()], marker="o", ms=3, label=link
-            )
-        axis.set_title(title, fontsize=8)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(MODELS), sharey=True)
+    colours, lines = dict(zip(HOW, ("#0a6a6a", "#b04a14", "#5a49a3"), strict=True)), dict(zip(BETWEEN, ("-", ":"), strict=True))
+    for axis, name in zip(panels, MODELS, strict=True):
+        for how in HOW:
+            for link in BETWEEN:
+                curve = results["computed"]["curves"][f"{name}: {how}, {link}"]
+                style = {"color": colours[how], "linestyle": lines[link], "marker": "o", "markersize": 3}
+                axis.plot(list(map(int, curve)), [100 * y for y in curve.values()], label=f"shard {how}, {link}", **style)
+        axis.set_title(f"{name}, a sample at a time on each GPU", fontsize=9)
         axis.set_xscale("log", base=2)
         axis.set_xticks(WORLDS, [str(n) for n in WORLDS])
+        axis.set_xlabel("GPUs, 8 a machine with NVLink")
         axis.set_ylim(0, 104)
         axis.grid(alpha=0.3)
-    for axis in list(axes):
-        axis.set_xlabel("GPUs, a sample at a time on each")
-        axis.set_ylabel("time computing, %")
-    figure.axes[0].legend(fontsize=7, loc="lower left")
+    panels[0].set_ylabel("time in which they compute, %")
+    panels[0].legend(fontsize=7, loc="lower left")
     figure.suptitle("Assumed, not measured: 35 % of 989 TFLOP/s, the makers' bandwidths, nothing overlaps", fontsize=8)
     figure.savefig(PLOT, dpi=140)
 
@@ -296,7 +309,7 @@ def main() -> None:
     if not args.compute:
         results["measured"] = measure()
     if not args.compute or "counted" not in results:
-        results["counted"] = {name: counted(name, overrides) for name, overrides in MODELS.items()}
+        results["counted"] = {name: counted(name) for name in MODELS}
     results |= {"assumed": ASSUMED, "computed": compute(results["measured"], results["counted"])}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results)
