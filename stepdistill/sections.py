@@ -97,7 +97,7 @@ class Train:
     # iterations in a row with a loss or gradient that is not finite which are left out; one more ends the training
     skip: int = ranged(0, low=0, high=10**8)
     # a player's losses of so many times their usual size, iteration after iteration, end the training; null: nothing does
-    explosion: float | None = ranged(1000.0, above=1, high=1e12)
+    explosion: float | None = ranged(1000.0, above=1, high=1e6)
     precision: Literal["no", "bf16"] = field(  # of the computation; bf16 is autocast
         default="no", metadata={"refused": {"fp16": "training in fp16 diverges (range too small); use bf16"}}
     )
