@@ -227,15 +227,15 @@ class Trainer:
 
 
 def numbers(*groups: dict[str, Tensor]) -> tuple[dict[str, float], ...]:
-    """Named scalars as numbers, means over processes: one message between them, and one wait for the device.
+    """Named scalars as numbers, means over processes: one message between them, after which the device is waited for.
 
     What is not finite on one of them is not finite on any. All processes give the same names in the same order.
     """
-    values = [x.to(distributed.device(), torch.float32).reshape(()) for group in groups for x in group.values()]
+    values = [x.float().reshape(()) for group in groups for x in group.values()]
     if not values:
         return groups
-    means = iter(distributed.mean(torch.stack(values)).tolist())
-    return tuple({name: next(means) for name in group} for group in groups)
+    means = iter(distributed.mean(torch.stack(values)).unbind())  # no tolist, of which `plan` has none
+    return tuple({name: float(next(means)) for name in group} for group in groups)
 
 
 def checkpoint_bytes(distillation: Distillation) -> int:
