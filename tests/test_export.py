@@ -151,9 +151,19 @@ def test_restored_from_a_checkpoint(made, tmp_path, capsys):
     distillation, out = made["lcm-eps"]
     checkpoint.save(out.parent / "checkpoints", 1, distillation.tensors(), {}, keep=1)
     assert export_run(out.parent, ("diffusers",), tmp_path / "again") == tmp_path / "again"
+    with pytest.raises(UserError, match="has no checkpoint of step 77; it has"):
+        export_run(out.parent, step=77)
     assert capsys.readouterr().out.startswith("checked: pytorch_lora_weights.safetensors, in stock diffusers")
     again, before = (load_file(place / "pytorch_lora_weights.safetensors") for place in (tmp_path / "again", out))
     assert all(torch.equal(again[key], before[key]) for key in before)
+
+
+def test_an_earlier_checkpoint_is_exported_beside_the_newest(monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "restore_run", lambda run, step: step)
+    written = {}
+    monkeypatch.setattr(export, "write_export", lambda step, out, *_: written.update({step: out}))
+    assert [export_run(tmp_path, step=step) for step in (None, 20)] == [tmp_path / "export", tmp_path / "export-20"]
+    assert written == {None: tmp_path / "export", 20: tmp_path / "export-20"}
 
 
 def spoil_a_tensor(out):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from students import student
 
 from stepdistill.cli import main
 from stepdistill.errors import UserError
+from stepdistill.loop import best
 from stepdistill.recipe import load_recipe
+from stepdistill.report.read import read_log
 from stepdistill.runs import Run, train
 from stepdistill.strategies import LCM
 
@@ -113,6 +118,38 @@ def test_divergence_ends_with_3_names_the_player_and_keeps_a_finite_state(recipe
     run = Run(recipe_file.parents[1] / "runs" / "tiny")
     assert run.step == 3
     assert all(torch.isfinite(x).all() for x in weights(run).values())
+
+
+def test_a_run_skips_scores_and_names_its_best_checkpoint_whatever_the_clock_says(recipe_file, monkeypatch, capsys):
+    honest, jumps = LCM.losses, itertools.cycle([0.0, 3e7, -3e7])
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 + next(jumps))  # the clock goes to and fro by a year
+
+    def losses(self, roles, batch, draw):
+        for who, loss, logs in honest(self, roles, batch, draw):
+            yield who, loss * math.nan if draw.step == 1 else loss, logs
+
+    monkeypatch.setattr(LCM, "losses", losses)
+    more = ("train.skip=1", "train.keep=3", "eval.watch=16", "optim.student_lr=1e-2")
+    command = ["train", str(recipe_file), *QUICK, *more]
+    assert main(command) == 0
+    run = Run(recipe_file.parents[1] / "runs" / "tiny")
+    lines = {line["step"]: line for line in map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())}
+    assert lines[2]["skipped"] == "the loss of player student" and "student/lr" not in lines[2]
+    assert "step 2 is skipped: the loss of player student is not finite\n" in capsys.readouterr().err
+    scores = {step: line["watch/score"] for step, line in lines.items() if "watch/score" in line}
+    assert scores.keys() == {2, 4}
+    metas = [json.loads((run.checkpoints / f"{step:06d}" / "state.json").read_text()) for step in scores]
+    assert [meta["score"] for meta in metas] == list(scores.values()) and [meta["skips"] for meta in metas] == [1, 0]
+    seconds = [line["seconds"] for line in lines.values()]
+    assert seconds == sorted(seconds) and seconds[0] >= 0 and seconds[-1] < 600
+    assert "skipped" not in read_log(run.folder / "log.jsonl")[0]
+
+    log = run.folder / "log.jsonl"
+    for better, told in ((2, f"stepdistill export {run.folder} --checkpoint 2"), (4, "")):
+        for step, line in lines.items():
+            line["watch/score"] = float(step != better)
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+        assert best(run.folder, 4).endswith(told) and bool(told) == bool(best(run.folder, 4))
 
 
 def test_an_adapter_that_changes_nothing_is_named(recipe_file, capsys):

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,3 +186,23 @@ def test_a_killed_process_loses_no_file_that_it_had_written(tmp_path):
     assert family.asked == prompts[128:]
     rows = torch.arange(300)
     assert torch.equal(cond["text"][rows], encode_texts(Family(), prompts)["text"])
+
+
+@pytest.mark.parametrize("jump", [4e7, -4e7])
+def test_a_run_whose_clock_jumps_takes_nothing_from_another_that_writes(tmp_path, monkeypatch, jump):
+    store, honest, times = opened(tmp_path), cache.save_file, []
+
+    def save(tensors, path):
+        honest(tensors, path)
+        if not times:
+            there = time.time() + jump
+            with monkeypatch.context() as clock:
+                clock.setattr(time, "time", lambda: there)
+                opened(tmp_path)
+        times.append(path)
+
+    monkeypatch.setattr(cache, "save_file", save)
+    fill(store, ["k", "kk"], entries, 2, "things", line())
+    assert all(key in opened(tmp_path) for key in ("k", "kk"))
+    assert len(times) == 2  # the other took it for abandoned, and it was written again
+    assert not list(tmp_path.rglob("*.tmp"))
