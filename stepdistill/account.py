@@ -13,6 +13,7 @@ import torch
 from . import distributed
 from .errors import Diverged
 from .files import write_text
+from .foreign import read_json
 from .show import Line, clock
 from .timing import OTHER, Times
 
@@ -80,8 +81,10 @@ def accounted(account: Account, line: Line) -> Iterator[None]:
 def read(file: Path) -> dict[str, Any]:
     """What earlier starts wrote; nothing of a file that is missing or damaged."""
     try:
-        made = json.loads(file.read_text())
-        spent = {str(name): float(seconds) for name, seconds in made["spent"].items()}
+        made = read_json(file)
+        spent = {name: float(seconds) for name, seconds in made["spent"].items()}
+        if not all(name.isidentifier() and 0 <= seconds < float("inf") for name, seconds in spent.items()):
+            return {}
         return made | {"steps": int(made["steps"]), "starts": int(made["starts"]), "spent": spent}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -18,13 +18,14 @@ from torch.utils.flop_counter import flop_registry
 
 INDEX = torch.ops.aten.index.Tensor  # a mask's numbers decide its shape
 SCALAR = torch.ops.aten._local_scalar_dense.default
+COPY = torch.ops.aten._to_copy.default
 
 
 class LiveBytes(TorchDispatchMode):
     """While it is on: bytes of the storages of one device that operations made, or `hold` named, and that still live.
 
     Floating point operations of matrix products, convolutions and attention are counted too, 2 for a product and a sum. A
-    tensor on the meta device that is asked for its number says 1.
+    tensor on the meta device that is asked for its number says 1, and so do its copies elsewhere.
     """
 
     def __init__(self, device: str = "meta"):
@@ -69,6 +70,8 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is SCALAR and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
+        if function is COPY and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type != "meta":
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=kwargs["device"])
         out = self._shaped(function, args, kwargs)
         for x in (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ():
             if isinstance(x, Tensor):

@@ -78,7 +78,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "surroundings": {"machine"},
     "timing": set(),
     "communication": set(),
-    "account": {"distributed", "errors", "files", "show", "timing"},
+    "account": {"distributed", "errors", "files", "foreign", "show", "timing"},
     "checkpoint": {"distributed", "errors", "files"},
     "files": set(),
     "lock": {"distributed", "errors"},

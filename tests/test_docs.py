@@ -14,7 +14,7 @@ from stepdistill.cli import build_parser
 from stepdistill.fields import fields_of
 from stepdistill.listing import shipped
 from stepdistill.lora_sources import split_scale
-from stepdistill.sections import Model
+from stepdistill.sections import Model, Optim, Train
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -90,3 +90,32 @@ def test_each_line_of_the_security_page_names_a_test_that_there_is():
         assert what and trusted.startswith(("yes", "no")) and happens and named, row
         for file, name in named:
             assert re.search(rf"^def {name}\(", (REPO / file).read_text(encoding="utf-8"), re.MULTILINE), (file, name)
+
+
+def test_every_fault_that_is_told_has_its_test_and_the_soak_its_figures():
+    page = (REPO / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    rows = [line for line in page.split("# What was tried")[1].splitlines() if line.startswith("| ")][2:]
+    assert len(named) == len(rows) > 10
+    for file, test in named:
+        assert f"def {test}(" in (REPO / file).read_text(encoding="utf-8"), (file, test)
+    made = json.loads(load("soak").RESULTS.read_text())
+    assert made["flat"] and made["constant"] and made["minutes"] >= 20
+    for what in ("memory", "heap"):
+        low, high = (f"{made[what][end]:+.{2 if what == 'heap' else 1}f}" for end in ("low", "high"))
+        assert f"({low} .. {high})" in page
+
+
+def test_the_page_of_several_gpus_shows_what_was_measured_and_its_commands_parse():
+    benchmark = load("scale")
+    results = json.loads(benchmark.RESULTS.read_text())
+    assert json.loads(json.dumps(benchmark.compute(results["measured"], results["counted"]))) == results["computed"]
+    page = benchmark.PAGE.read_text(encoding="utf-8")
+    assert benchmark.table(results) in page
+    commands = re.findall(r"-m (stepdistill train .*)$", page, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command)[1:]).recipe == "my.yaml"
+    for key in re.findall(r"`(train|optim)\.(\w+)`", page):
+        section = {"train": Train, "optim": Optim}[key[0]]
+        assert key[1] in fields_of(section), key

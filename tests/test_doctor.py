@@ -16,8 +16,6 @@ from stepdistill import doctor
 from stepdistill import surroundings as around
 from stepdistill.surroundings import GIB, Finding
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-
 
 def known(**versions: str):
     """Versions of the packages that are installed; underscores for hyphens."""
@@ -56,9 +54,10 @@ def test_versions_are_held_against_the_requirements_of_the_package():
 
 
 def test_every_optional_package_has_a_purpose():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     wanted = {
         text.split(";")[0]
-        for extra, texts in PROJECT["optional-dependencies"].items()
+        for extra, texts in project["optional-dependencies"].items()
         if extra not in doctor.FOR_DEVELOPERS
         for text in texts
     }

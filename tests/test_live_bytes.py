@@ -64,3 +64,11 @@ def test_autocast_is_cudas():
         assert (y.dtype, F.layer_norm(y, (8,)).dtype, (y + x).dtype) == (torch.bfloat16, torch.float32, torch.float32)
     with AsCuda():
         assert linear(x).dtype == torch.float32
+
+
+def test_numbers_that_are_not_there_are_ones():
+    with LiveBytes():
+        x = torch.empty(2, device="meta")
+        assert x[0].item() == 1.0
+        assert x.to("cpu", torch.float64).tolist() == [1.0, 1.0]
+        assert x.double().is_meta

@@ -185,6 +185,7 @@ def shown(run: Told, k: int) -> Shown:
         "film": film(run),
         "grid": pictures.embed(run.grid, 1200),
         **training(run, kind),
+        "spent": spent(run),
         "yaml": run.yaml,
         "few": settings.few_lines(told, run.folder) if told else None,
         "whole": snippet(told) if told else None,
@@ -206,6 +207,12 @@ def about(run: Told) -> str:
         f"{recipe.model.source} distilled by {strategy_name(recipe.strategy)} into {how}: "
         f"{run.steps:,} steps of {recipe.train.batch} samples{took}"
     )
+
+
+def spent(run: Told) -> dict[str, str]:
+    """Where the time of all starts went: "31 min, 47 %"; what is under a thousandth is left out."""
+    total = sum(run.spent.values())
+    return {name: f"{duration(x)}, {x / total:.1%}" for name, x in run.spent.items() if x >= 0.001 * total > 0}
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import account
 from ..card import newest_grid
 from ..errors import UserError
 from ..foreign import parse_json, read_json
@@ -31,6 +32,7 @@ class Told:
     recipe: Recipe | None  # None: it cannot be read here
     curves: dict[str, Curve]  # "player/what" -> its values; empty before the first step
     seconds: float  # spent in training
+    spent: dict[str, float]  # seconds of all its starts, by what they went to; empty where that is not known
     results: dict[str, Mapping[str, Any]]  # preset -> {"rows", "provenance"}
     gallery: Gallery | None  # the newest pictures of teacher and student at the same noise
     film: Film | None  # the student's pictures as training went on
@@ -77,8 +79,9 @@ def read(folder: Path, name: str) -> Told:
         serving = _unless(missing, lambda: read_export(folder / "export"))
     elif done:
         missing.append(f"Not exported; from its newest checkpoint: stepdistill export {shlex.quote(str(folder))}")
+    spent = account.read(folder / account.FILE).get("spent", {})
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    return Told(name, folder, text, recipe, curves, seconds, results, gallery, film, grid, serving, missing)
+    return Told(name, folder, text, recipe, curves, seconds, spent, results, gallery, film, grid, serving, missing)
 
 
 def names(folders: Sequence[Path]) -> list[str]:

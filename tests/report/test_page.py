@@ -173,6 +173,14 @@ def test_what_cannot_be_read_is_told(run):
     assert "The gradient's norm before it is clipped" in made.text  # what holds whatever the strategy
 
 
+def test_where_the_time_went(run):
+    assert "Where the time went" not in page(run).text
+    spent = {"student": 120.0, "evaluation": 79.96, "data": 0.04}
+    (run / "summary.json").write_text(json.dumps({"steps": 205, "starts": 1, "spent": spent}))
+    text = "".join(page(run).text.split())
+    assert "Wherethetimewentstudent2min,60.0%evaluation80s,40.0%" in text and "data0s" not in text
+
+
 @pytest.fixture
 def two(tmp_path):
     one, other = whole(tmp_path / "one"), bare(tmp_path / "other")
