@@ -91,7 +91,7 @@ class Distillation:
                     asked.add(steps)
         if self.known is not None:
             asked = set(asked).intersection(self.known)
-        return sorted(set(asked), reverse=True)
+        return sorted(asked, reverse=True)
 
     def inference(self, steps: int | None = None) -> Inference:
         """How the student is sampled in that many steps (None: the strategy's own).

@@ -16,7 +16,7 @@ from stepdistill.errors import UserError
         ("{name: boot}", [], [1]),
         ("{name: phased_dmd, phase_steps: 1}", ["train.steps=2"], [4, 2]),
         ("{name: tscd, segments: [2], mix: [0.0], steps: 2}", [], [2]),
-        ("{name: lcm}", ["eval.steps=[1, 6, 1]"], [6, 1]),
+        ("{name: lcm}", ["eval.steps=[1, 6]"], [6, 1]),
     ],
 )
 def test_numbers_of_steps_in_which_a_student_is_shown(tmp_path, strategy, overrides, counts):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill import cli, runs, show
+from stepdistill import cli, files, runs, show
 from stepdistill.cli import main
 from stepdistill.errors import UserError, one_line, printable
 from stepdistill.serve import check_request, destination
@@ -185,7 +185,7 @@ def test_errors_of_paths_that_no_check_foresaw(place, capsys, monkeypatch):
         monkeypatch.setattr(cli.verbs, "ls", verb)
         return main(["ls"]), capsys.readouterr().err
 
-    for number, remedy in cli.NAMES.items():
+    for number, remedy in files.REMEDIES.items():
         status, said = fail(number)
         assert (status, said.count("\n"), remedy in said) == (2, 1, True)
         assert said.startswith(r"some\x1bwhere: ")

@@ -355,7 +355,7 @@ def test_a_read_only_folder_is_refused_before_any_work(place, monkeypatch, capsy
 
 def test_a_disk_that_refuses_the_export_leaves_the_old_one(place, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in Path("here/export").rglob("*.*") if path.is_file()}
-    monkeypatch.setattr(export, "check_export", full)
+    monkeypatch.setattr(export, "compare", full)
     assert main(["export", "here"]) == 2
     assert "here/export: No space left on device; make room" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("here/export").rglob("*.*") if path.is_file()} == before

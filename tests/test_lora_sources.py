@@ -69,8 +69,9 @@ def test_a_recipe_names_loras(root, shelf):
 
 
 def test_pairs_of_a_teacher_with_other_loras_are_refused(shelf):
-    made = {"source": "org/m", "revision": None, "variant": None, "count": 0, "shard": 1}
+    made = {"source": "org/m", "revision": None, "variant": None, "count": 1, "shard": 1}
     (shelf / PAIRS).write_text(json.dumps(made))
+    (shelf / "pairs-00000.safetensors").touch()
     model = {"source": "org/m", "revision": None, "variant": None}
     assert not list(check_pairs(str(shelf), model | {"loras": identities(())}))
     (told,) = check_pairs(str(shelf), model | {"loras": identities(("mine",))})

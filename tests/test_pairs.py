@@ -214,8 +214,9 @@ def test_a_named_folder_must_have_the_pairs_of_this_teacher(root):
     assert f"{folder} holds no teacher pairs: it has no pairs.json" in only(file, f"pairs.folder={folder}")
     assert load_recipe(file, [f"pairs.folder={folder}"], data=False).pairs.folder == str(folder)  # sampling does without
     folder.mkdir()
-    manifest = {"source": str(root / "teacher"), "revision": None, "variant": "fp16", "count": 0, "shard": 2}
+    manifest = {"source": str(root / "teacher"), "revision": None, "variant": "fp16", "count": 1, "shard": 2}
     (folder / PAIRS).write_text(json.dumps(manifest))
+    (folder / "pairs-00000.safetensors").touch()
     assert "another teacher (variant fp16, not None)" in only(file, f"pairs.folder={folder}")
     (folder / PAIRS).write_text(json.dumps(manifest | {"variant": None}))
     assert load_recipe(file, [f"pairs.folder={folder}"]).pairs.folder == str(folder)
