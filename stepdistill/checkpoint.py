@@ -22,6 +22,7 @@ from torch import Tensor
 from . import distributed, files
 from .errors import UserError
 from .files import giga
+from .foreign import read_json
 
 SUMS, META = "SHA256SUMS", "state.json"
 LIMIT = 4 * 2**30  # bytes of one file: so much memory is needed besides the training itself
@@ -124,7 +125,7 @@ def refusal(error: OSError, folder: Path, needed: int) -> UserError:
 
 def load(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """The tensors, each read when it is asked for, and the JSON of a checkpoint that `newest` or `check` found whole."""
-    return Saved(path), json.loads((path / META).read_text(encoding="utf-8"))
+    return Saved(path), read_json(path / META)
 
 
 class Saved(Mapping[str, Tensor]):
@@ -213,7 +214,7 @@ def damage(path: Path) -> str | None:
         for name, digest in listed(path).items():
             if sha256(path / name) != digest:
                 return f"{name} is not what was written"
-        json.loads((path / META).read_text(encoding="utf-8"))["step"]
+        read_json(path / META)["step"]
         Saved(path)
     except FileNotFoundError as error:
         name = Path(error.filename).name
@@ -249,13 +250,13 @@ def steps(folder: Path) -> list[int]:
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint that is whole."""
-    return json.loads((path / META).read_text(encoding="utf-8"))["step"]
+    return read_json(path / META)["step"]
 
 
 def score_of(path: Path) -> float | None:
     """The score of a checkpoint, the lower the better; None: it has none."""
     try:
-        score = json.loads((path / META).read_text(encoding="utf-8")).get("score")
+        score = read_json(path / META).get("score")
     except (OSError, ValueError, AttributeError):
         return None
     return score if isinstance(score, int | float) and math.isfinite(score) else None

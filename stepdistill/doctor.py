@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import surroundings as around
+from .show import tell
 from .sources import TINY, embedded_models
 from .surroundings import Finding, first_line
 
@@ -36,14 +37,14 @@ def examine() -> int:
     """Print what was found, then faults again with their remedies; 1 if there is a fault, else 0."""
     findings = []
     for finding in look():
-        print(written(finding), flush=True)
+        tell(written(finding))
         findings.append(finding)
     faults = [finding for finding in findings if finding.level == "fault"]
     if not faults:
-        print("all in order: stepdistill train quickstart")
+        tell("all in order: stepdistill train quickstart")
         return 0
-    print(f"\n{len(faults)} to mend:")
-    print("\n".join(written(finding) for finding in faults))
+    tell(f"\n{len(faults)} to mend:")
+    tell("\n".join(written(finding) for finding in faults))
     return 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import types
@@ -29,7 +30,7 @@ def read_json(path: Path, most: int = BYTES) -> Any:
         ValueError: it is no JSON in UTF-8, or beyond the limits.
     """
     if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -139,14 +140,21 @@ def _step(line: str) -> float:
     """The step of a log line; a line cut short by a crash counts as the future."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
 
 
 def read_scores(folder: Path) -> dict[int, float]:
-    """The scores of the student in folder/log.jsonl, by step."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if SCORE in line]
-    return {line["step"]: line[SCORE] for line in lines}
+    """The scores of the student in folder/log.jsonl, by step; lines that are damaged are passed over."""
+    found = {}
+    for text in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        if (
+            SCORE in text
+            and math.isfinite(step := _step(text))
+            and isinstance(score := json.loads(text).get(SCORE), int | float)
+        ):
+            found[int(step)] = score
+    return found
 
 
 def summary(at: int, steps: int, left: float, values: dict[str, float]) -> str:

@@ -179,7 +179,7 @@ def test_json_has_limits(tmp_path):
     with pytest.raises(ValueError, match="longer than the 10 bytes"):
         read_json(file, 10)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no file"):  # and does not wait
+    with pytest.raises(OSError, match="no such file"):  # and does not wait
         read_json(tmp_path / "pipe")
 
 
