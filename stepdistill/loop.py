@@ -49,10 +49,13 @@ def loop(
             note = {"skipped": "{1} of player {0}".format(*trainer.skipped)} if trainer.skipped else {}
             if note:
                 line.say(f"step {trainer.at} is skipped: {note['skipped']} is not finite")
-            done, stopped = trainer.at == steps, distributed.anyone(bool(stop))
+            done = trainer.at == steps
             due = recipe.eval.every and draws and (done or trainer.at % recipe.eval.every == 0)
-            with times("evaluation"), memory("sampling", recipe):
-                watched = watching(trainer.at) if due else {}
+            watched = {}
+            if due:  # before the step is saved: a run that goes on from here has shown it
+                with times("evaluation"), memory("sampling", recipe):
+                    watched = watching(trainer.at)
+                show(samples, trackers, trainer, line)
             seconds = time.monotonic() - began
             spent = account.told(trainer.at)
             if main:
@@ -60,6 +63,7 @@ def loop(
             trackers.log(values | watched, trainer.at)
             left = seconds / (trainer.at - first) * (steps - trainer.at)
             line(summary(trainer.at, steps, left, values), final=done)
+            stopped = distributed.anyone(bool(stop))
             if done or stopped or trainer.at % recipe.train.save_every == 0:
                 with times("saving"):
                     path = trainer.save(folder / "checkpoints", watched.get("watch/score"))
@@ -67,8 +71,6 @@ def loop(
             if stopped and not done:
                 line.say(f"stopped at step {trainer.at}; saved {path}. The same command goes on from there.")
                 raise KeyboardInterrupt
-            if due:
-                show(samples, trackers, trainer, line)
     if main:
         log.close()
         for better in best(folder, trainer.at):

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from stepdistill.errors import printable
 from stepdistill.listing import shipped
 from stepdistill.recipe import RecipeError, dump_recipe, read_recipe
 from stepdistill.yaml_tree import dumped, read_tree
@@ -139,7 +140,8 @@ def read_or_told(text, overrides=()):
         recipe = read_recipe(text, FILE, overrides, there=False)
     except RecipeError as error:
         for line in error.problems:
-            assert line.startswith((f"{FILE}:", f"{FILE}  ", "command line  ", "and ")) and line.isprintable(), line
+            assert line.startswith((f"{FILE}:", f"{FILE}  ", "command line  ", "and ")), line
+            assert printable(line) == line and "\n" not in line, line
         return False
     assert read_recipe(dump_recipe(recipe), FILE, there=False) == recipe
     return True
