@@ -115,7 +115,8 @@ def add(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float
 def table(made: Mapping[str, Any]) -> str:
     """A summary in lines: how it ended, and where the time went, of the last start and of all of them."""
     last, steps = made["last"], made["last"]["steps"]
-    head = f"{HOW[made['ended']]} at step {made['step']} of {made['of']}: {steps} step{"s" * (steps != 1)} in {clock(last['seconds'])}"
+    walked = "1 step" if steps == 1 else f"{steps} steps"
+    head = f"{HOW[made['ended']]} at step {made['step']} of {made['of']}: {walked} in {clock(last['seconds'])}"
     training = last["seconds"] - sum(last["spent"].get(name, 0.0) for name in ("preparing", "evaluation", "saving"))
     if steps and training > 0:
         head += f", {training / steps:.3g} s a step, {steps * made['batch'] / training:.3g} samples/s"
