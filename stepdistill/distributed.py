@@ -68,6 +68,11 @@ def sharded(x: Tensor) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def in_shares(net: nn.Module) -> bool:
+    """Whether all processes must run a network for one to run it."""
+    return any(map(sharded, net.parameters()))
+
+
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return x.to_local() if sharded(x) else x
@@ -75,15 +80,24 @@ def local(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_gradients(params: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient of which every process has its own by their mean, in one all-reduce."""
-    grads = [p.grad for p in params if not sharded(p)]
-    if world() == 1 or not grads:
+    """Replace each gradient of which every process has its own by their mean, in one all-reduce.
+
+    A parameter that has none on some processes, as of an expert that none of their samples asked for, counts as zero there; one
+    that has none anywhere keeps none.
+    """
+    mine = [p for p in params if not sharded(p)]
+    if world() == 1 or not mine:
         return
-    flat = torch.cat([g.flatten() for g in grads])
+    has = mine[0].new_tensor([p.grad is not None for p in mine])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine] + [has])
     dist.all_reduce(flat)
     flat /= world()
-    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        g.copy_(part.view_as(g))
+    *grads, has = flat.split([*(p.numel() for p in mine), len(mine)])
+    for p, part, some in zip(mine, grads, has.tolist(), strict=True):
+        if p.grad is not None:
+            p.grad.copy_(part.view_as(p))
+        elif some:
+            p.grad = part.view_as(p).clone()
 
 
 @torch.no_grad()

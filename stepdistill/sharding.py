@@ -78,9 +78,11 @@ def members(net: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def unsharded(net: nn.Module) -> nn.Module:
-    """A network of diffusers like a sharded one, whole, on the CPU. All processes ask."""
+    """A network of diffusers, or experts, like a sharded one, whole, on the CPU. All processes ask."""
     from torch.distributed.fsdp import FSDPModule
 
+    if hasattr(net, "rebuilt"):  # two experts in one
+        return net.rebuilt(unsharded)
     kind = next(kind for kind in type(net).__mro__ if not issubclass(kind, FSDPModule))
     made = kind.from_config(net.config)
     for mine, theirs in zip(made.state_dict().values(), net.state_dict().values(), strict=True):

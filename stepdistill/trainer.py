@@ -171,10 +171,10 @@ class Trainer:
 
     def gradient_norm(self, who: str) -> Tensor:
         """The norm over all parameters of a player, the same on every process."""
+        distributed.mean_gradients(self.params[who])
         held = [p for p in self.params[who] if p.grad is not None]
         if not held:
             raise RuntimeError(f"{type(self.strategy).__name__} gave player {who} a loss that reaches none of its parameters")
-        distributed.mean_gradients(held)
         return distributed.norm(p.grad for p in held)
 
     def name_of_bad_gradient(self, who: str) -> str:

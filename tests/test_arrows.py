@@ -97,7 +97,7 @@ MAY = {  # room: the other rooms that it may import; unlisted rooms are bound by
     "lora_files": {"sidecar"},
     "export_weights": {"errors", "families", "foreign", "lora_files", "sidecar"},
     "strategies": MODEL | {"perceptual"},
-    "families": NUMBERS | {"errors", "extras", "foreign", "sources", "lora_sources", "kohya", "fields"},
+    "families": NUMBERS | {"distributed", "errors", "extras", "foreign", "sources", "lora_sources", "kohya", "fields"},
 }
 NEVER = {  # room: rooms that it must not import
     "trainer": {"evaluate", "export", "families", "tiny", "cli", "runs"},

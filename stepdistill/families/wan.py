@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import distributed
 from .base import Family
 from .video import Video
 
@@ -73,7 +74,8 @@ def middle(net: nn.Module) -> nn.Module:
 class Experts(nn.Module):
     """Two networks that are one: each sample of a batch goes to `transformer` from the boundary up, else to `transformer_2`.
 
-    Whoever shards them must keep the times of all processes on one side, or a process waits for an expert that others skip.
+    Where they are in shares, a process runs also the expert that only samples of others ask for, on one sample, whose result
+    counts nothing: it would else wait for weights, and they for its gradients, for ever.
     """
 
     def __init__(self, transformer: nn.Module, transformer_2: nn.Module, boundary: float):
@@ -84,16 +86,24 @@ class Experts(nn.Module):
     def forward(self, x_t: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts' outputs, shaped as x_t [B, ...], and the tokens [B, L, C] of their middle blocks."""
         high = timestep >= self.boundary  # [B]
-        if high.all():
-            return with_tokens(self.transformer, x_t, timestep, text)
-        if not high.any():
-            return with_tokens(self.transformer_2, x_t, timestep, text)
-        rows = high.nonzero()[:, 0], (~high).nonzero()[:, 0]
-        experts = self.transformer, self.transformer_2
-        made = [with_tokens(net, x_t[k], timestep[k], text[k]) for net, k in zip(experts, rows, strict=True)]
-        back = torch.cat(rows).argsort()
+        both = {self.transformer: high.nonzero()[:, 0], self.transformer_2: (~high).nonzero()[:, 0]}
+        together = distributed.in_shares(self)
+        made, spare = [], []
+        for net, rows in both.items():
+            asked = len(rows) > 0
+            if together and distributed.anyone(asked) and not asked:
+                spare.append(with_tokens(net, x_t[:1], timestep[:1], text[:1]))
+            elif asked:
+                made.append(with_tokens(net, x_t[rows], timestep[rows], text[rows]))
+        back = torch.cat(list(both.values())).argsort()
         out, tokens = (torch.cat(parts)[back] for parts in zip(*made, strict=True))
+        for other, others in spare:
+            out, tokens = out + 0 * other.sum(), tokens + 0 * others.sum()
         return out, tokens
+
+    def rebuilt(self, make: Callable[[nn.Module], nn.Module]) -> Experts:
+        """The same of networks that are made of these."""
+        return Experts(make(self.transformer), make(self.transformer_2), self.boundary)
 
     @property
     def config(self) -> Any:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from students import student
 from torch import nn
 
+from stepdistill import distributed
 from stepdistill.data import build_batches
 from stepdistill.errors import UserError
 from stepdistill.evaluate.grid import CELL, HEAD, Samples
@@ -92,6 +93,34 @@ def test_each_sample_has_its_own_expert(four):
         assert torch.allclose(together[i : i + 1], alone, rtol=0, atol=1e-5)
     others = family.forward(family.net, X, BOTH.flip(0), cond)
     assert ((others - together).abs().flatten(1).amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize(("t", "others"), [(HIGH, {False, True}), (LOW, {False, True}), (HIGH, {True})])
+def test_in_shares_an_expert_runs_if_any_process_asks_for_it(four, monkeypatch, t, others):
+    """others: the sides that some process asks for, False the low one."""
+    family, cond = four
+    plain, tokens = family.net(X, 1000 * t, cond["text"])
+    ran, asked = [], []
+    monkeypatch.setattr(distributed, "in_shares", lambda net: net is family.net)
+    monkeypatch.setattr(distributed, "anyone", lambda flag: asked.append(flag) or (len(asked) == 1) in others)
+    nets = family.net.transformer, family.net.transformer_2
+    hooks = [net.register_forward_hook(lambda net, args, _: ran.append((net, len(args[0])))) for net in nets]
+    family.net.requires_grad_(True)
+    out, features = family.net(X, 1000 * t, cond["text"])
+    mine = bool((t >= 0.875).all())
+    assert asked == [mine, not mine]  # both, whatever this process needs
+    assert ran == [(net, 4 if side == mine else 1) for net, side in zip(nets, (True, False), strict=True) if side in others]
+    assert torch.equal(out, plain) and torch.equal(features, tokens)
+    own, other = nets if mine else nets[::-1]
+    for part in (out, features):  # backward goes as far into the other expert as into this one, and finds nothing there
+        one, two = (
+            torch.autograd.grad(part.sum(), list(n.parameters()), retain_graph=True, allow_unused=True) for n in (own, other)
+        )
+        assert any(g is not None and g.any() for g in one) and not any(g is not None and g.any() for g in two)
+        assert [g is None for g in two] == ([g is None for g in one] if (not mine) in others else [True] * len(two))
+    family.net.requires_grad_(False)
+    for hook in hooks:
+        hook.remove()
 
 
 def test_decode_and_encode_are_the_pipeline_s():

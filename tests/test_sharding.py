@@ -1,0 +1,155 @@
+"""Several processes do what one does with the whole batch, whoever holds which weights; and go on where others stopped."""
+
+import numpy as np
+import pytest
+import several
+import torch
+from pipelines import sd, sd3, wan
+from processes import world
+from several import prepare, trainer, walked
+from torch import nn
+
+from stepdistill import distributed
+from stepdistill.errors import UserError
+from stepdistill.families.load import family_of
+from stepdistill.sharding import make_mesh, parts
+
+ALL = ("train.accumulate=2", "train.checkpointing=true", "train.ema=0.9")  # of what must go together
+LORAS = ("lora.rank=4", "lora=null")
+OWN = ("student/least_weight", "student/most_weight")  # logged values that are extremes and no means
+
+
+def near(one, other):
+    """Weights and logs of two walks agree to 1e-5."""
+    (logs, weights), (theirs, others) = one, other
+    assert np.abs(weights - others).max() < 1e-5
+    for mine, yours in zip(logs, theirs, strict=True):
+        assert mine.keys() == yours.keys()
+        for name in mine.keys() - set(OWN):
+            assert mine[name] == pytest.approx(yours[name], rel=1e-5, abs=1e-5), name
+
+
+def compare(folder, strategy, steps, processes, *overrides, machines=1, teacher="eps", size=()):
+    """Several processes beside one; returns how many tensors were in shares. size: overrides that the pipeline needs."""
+    recipe, alone = prepare(folder, strategy, teacher, *size), [text for text in overrides if "shard" not in text]
+    made = trainer(recipe, *alone)
+    began = several.weights(made)
+    logs = [made.step() for _ in range(steps)]
+    weights = several.weights(made).numpy()
+    assert np.abs(weights - began.numpy()).max() > 1e-4  # something was learnt, ten times what may differ
+    theirs, others, shares, _ = walked(folder / "several", processes, recipe, steps, overrides, None, machines)
+    near((logs, weights), (theirs, others))
+    return shares
+
+
+def test_two_processes_with_adapters_equal_one(tmp_path):
+    assert compare(tmp_path, "lcm", 2, 2) == 0
+
+
+def test_two_processes_with_copies_in_shares_equal_one(tmp_path):
+    assert compare(tmp_path, "dmd2", 2, 2, "lora=null", "train.shard=full", *ALL) > 100
+
+
+MATRIX = [
+    *((strategy, lora, shard) for strategy in several.STRATEGIES for lora in LORAS for shard in (None, "full")),
+    *(("lcm", "lora.rank=4", "hybrid"), ("dmd2", "lora=null", "hybrid"), ("tscd", "lora=null", "hybrid")),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("strategy", "lora", "shard"), MATRIX)
+def test_several_processes_equal_one(tmp_path, strategy, lora, shard):
+    """Four processes on two machines where shares lie within each; two else. Phases and stages change on the way."""
+    processes, machines = (4, 2) if shard == "hybrid" else (2, 1)
+    steps = 3 if strategy in ("phased_dmd", "tscd") else 2
+    more = ALL if strategy in ("dmd2", "f_distill", "tscd") else ()
+    more = more[1:] if strategy == "f_distill" or shard == "hybrid" else more  # its ratios are of each part alone
+    shares = compare(tmp_path, strategy, steps, processes, lora, f"train.shard={shard or 'null'}", *more, machines=machines)
+    assert (shares > 0) == (lora == "lora=null" and shard is not None)
+
+
+TRANSFORMERS = {
+    "flow": (),
+    "flux2": ("data.resolution=32", "strategy.guidance=1"),
+    "wan": ("data.resolution=32", "data.frames=5", "data.images=null", "strategy.gan=0", "train.batch=6"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("teacher", TRANSFORMERS)
+@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("shard", ["null", "full"])
+def test_transformers_in_three_processes(tmp_path, teacher, lora, shard):
+    """The two experts of Wan 2.2 too: a process has samples for one of them, and its neighbour for the other."""
+    compare(
+        *(tmp_path, "dmd2", 2, 3, lora, f"train.shard={shard}", "train.checkpointing=true"),
+        **{"teacher": teacher, "size": TRANSFORMERS[teacher]},
+    )
+
+
+WALKS = {"one": (1, None), "two": (2, None), "two in shares": (2, "full"), "three in shares": (3, "full")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("two", "one"), ("two", "two in shares"), ("two in shares", "two"), ("two in shares", "three in shares")],
+)
+def test_a_checkpoint_goes_on_in_any_number_of_processes(tmp_path, before, after):
+    """dmd2 has moments of two players, and a head that is never in shares."""
+    recipe, how = prepare(tmp_path, "dmd2"), ("lora=null", "train.ema=0.9")
+    unbroken = walked(tmp_path / "unbroken", 1, recipe, 4, how)
+    saved = None
+    for part, (processes, shard) in enumerate((WALKS[before], WALKS[after])):
+        args = (recipe, 2, (*how, f"train.shard={shard or 'null'}"), saved)
+        logs, weights, _, saved = walked(tmp_path / str(part), processes, *args)
+    near((logs, weights), (unbroken[0][2:], unbroken[1]))
+
+
+def test_what_is_shared_out_is_most_of_a_network_and_never_around_what_is_read():
+    for pipe, least in ((sd("epsilon"), 0.6), (sd3(), 0.7), (wan(boundary_ratio=0.875), 0.4)):
+        family = family_of(pipe)
+        found = parts(family.net, family.feature_block(family.net))
+        assert len(found) == len(set(found))
+        held = {p for part in found for p in part.parameters()}
+        whole = sum(p.numel() for p in family.net.parameters())
+        assert sum(p.numel() for p in held) > least * whole
+        for k, part in enumerate(found):  # inner ones first
+            assert not any(module in found[:k] and part in module.modules() for module in found[:k])
+            assert family.feature_block(family.net) not in list(part.modules())[1:]
+
+
+def pieces():
+    """Of a tensor that three processes share: what each holds, all of it, and the norm with one that each has."""
+    from torch.distributed.fsdp import fully_shard
+
+    net = nn.Linear(3, 4, bias=False)  # 4 rows among 3: one holds none
+    nn.init.zeros_(net.weight)
+    fully_shard(net, mesh=make_mesh("full"))
+    values = torch.arange(12.0).reshape(4, 3)
+    distributed.fill(net.weight, values)
+    same = torch.equal(distributed.whole(net.weight), values)
+    norm = distributed.norm([net.weight, torch.full((2,), 3.0)]).item()
+    net.weight.grad = net.weight.detach() * 1
+    distributed.clip([net.weight], norm, norm / 2)
+    return len(distributed.local(net.weight)), same, norm, distributed.whole(net.weight.grad).sum().item()
+
+
+def test_shares_are_filled_gathered_measured_and_clipped():
+    made = world(3, pieces)
+    assert sorted(rows for rows, *_ in made) == [0, 2, 2]
+    assert all(same for _, same, *_ in made)
+    assert [norm for *_, norm, _ in made] == pytest.approx([(506 + 18) ** 0.5] * 3)
+    assert [total for *_, total in made] == pytest.approx([33] * 3)
+
+
+def uneven():
+    import os
+
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    with pytest.raises(UserError, match="this one has 2 of 3"):
+        make_mesh("hybrid")
+
+
+def test_machines_of_different_size_cannot_be_hybrid():
+    world(3, uneven)
