@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["conftest", "stepdistill.runs", "diffusers.loaders.peft"])  # whose import takes seconds
+SERVER.set_forkserver_preload(
+    ["conftest", "stepdistill.runs", "stepdistill.evaluate.evaluation", "diffusers.loaders.peft"]
+)  # whose import takes seconds
 
 
 def start(function: Callable[..., Any], *args: Any, **environment: str) -> BaseProcess:

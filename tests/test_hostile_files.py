@@ -31,7 +31,7 @@ from stepdistill.families.spellings import read_layers
 from stepdistill.foreign import DEPTH, read_json
 from stepdistill.push import push
 from stepdistill.report.pictures import embed
-from stepdistill.report.read import read_log, read_result
+from stepdistill.report.read import read_figures, read_log
 from stepdistill.sidecar import SIDECAR, Serving, read_export
 from stepdistill.sources import check_pairs
 
@@ -192,21 +192,23 @@ def test_what_a_lora_says_of_itself(tmp_path, about):
 
 
 ROW = {"who": "student", "steps": 2, "fd": 1.0}
+RIGHT = {"format": 1, "rows": [ROW | {"solver": "DDIM", "note": ["kept"]}], "provenance": {"compared": {}}}
 
 
 @pytest.mark.parametrize(
     "made",
-    [DEEP, "[]", {"rows": {}, "provenance": {}}, {"rows": [1], "provenance": {}}, {"rows": [{"who": 1}], "provenance": {}}]
-    + [{"rows": [ROW | odd], "provenance": {}} for odd in ({"fd": "x"}, {"steps": []}, {"solver": {}}, {"ms_low": "<b>"})],
+    [DEEP, "[]", RIGHT | {"rows": {}}, RIGHT | {"rows": [1]}, RIGHT | {"provenance": {"compared": []}}]
+    + [RIGHT | {"rows": [ROW | odd]} for odd in ({"who": 1}, {"fd": "x"}, {"steps": []}, {"solver": {}}, {"ms_low": "<b>"})],
 )
 def test_results_that_are_none(tmp_path, made):
-    file, missing = tmp_path / "eval" / "tiny.json", []
+    file = tmp_path / "eval" / "tiny.json"
     file.parent.mkdir()
     file.write_text(made if isinstance(made, str) else json.dumps(made))
-    assert read_result(file, missing) is None and "holds no figures that can be read" in missing[0]
+    with pytest.raises(UserError, match=r"tiny\.json holds no figures that this version reads"):
+        read_figures(file)
     assert made != DEEP or figures_in(file) is None
-    file.write_text(json.dumps({"rows": [ROW | {"solver": "DDIM", "note": ["kept"]}], "provenance": {}}))
-    assert read_result(file, [])["rows"][0]["fd"] == 1.0
+    file.write_text(json.dumps(RIGHT))
+    assert read_figures(file)["rows"][0]["fd"] == 1.0
 
 
 def test_a_log_keeps_the_lines_that_are_ours(tmp_path):

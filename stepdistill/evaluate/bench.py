@@ -120,7 +120,8 @@ def first_pictures(bench: Bench, candidate: Candidate, n: int) -> np.ndarray:
 
 def show(bench: Bench, candidate: Candidate, made: np.ndarray) -> None:
     """Keep a candidate's first pictures as files, and their prompts."""
-    pictures.save_prompts(bench.shown, bench.suite.sets["plain"].prompts[: len(made)])
+    prompts, seed = bench.suite.sets["plain"].prompts[: len(made)], bench.distillation.recipe.eval.seed
+    pictures.save_prompts(bench.shown, prompts, seed)
     pictures.save(bench.shown / candidate.folder, made, bench.key(candidate))
 
 

@@ -19,7 +19,7 @@ from ..files import set_aside
 from ..recipe import Recipe
 from ..show import Line
 from ..sources import EMBEDDED_DATA
-from . import provenance, tiny
+from . import provenance, results, tiny
 from .bench import Bench, Row, clear, first, row
 from .candidates import student
 from .measure import Suite
@@ -136,10 +136,10 @@ def compare(
         rows.append(row(bench, candidate, teacher, done) | more)
         if first():  # what was written before stays until all is measured
             mine = {one["key"] for one in rows}
-            provenance.write(path, rows + [one for key, one in written.items() if key not in mine], about)
+            results.write(path, rows + [one for key, one in written.items() if key not in mine], about)
     distributed.wait()
     if first():
-        provenance.write(path, rows, about)
+        results.write(path, rows, about)
         clear(bench)
         line.say(render(rows, about))
         line.say(f"written to {path}")
@@ -151,13 +151,13 @@ def written_before(path: Path, about: Mapping[str, Any], line: Line) -> list[Row
     if not path.is_file():
         return []
     try:
-        old = provenance.read(path)
+        old = results.read(path)
     except UserError:
         old = None
-    found = old is not None and not provenance.differences(old["provenance"], about)
+    found = old is not None and not results.differences(old["provenance"], about)
     distributed.wait()
     if not found and first():
-        other = provenance.differences(old["provenance"], about) if old else []
+        other = results.differences(old["provenance"], about) if old else []
         why = "; ".join(f"{name} {a}, now {b}" for name, a, b in other)
         aside = set_aside(path, "old")
         line.say(f"moved figures that do not compare with these to {aside}{why and f' ({why})'}")
@@ -166,6 +166,6 @@ def written_before(path: Path, about: Mapping[str, Any], line: Line) -> list[Row
 
 def known_rows(ships: Mapping[str, Any] | None, about: Mapping[str, Any]) -> dict[tuple, Row]:
     """Figures that ship, by the fields of ABOUT, if they compare with these; of no machine, so speed is measured here."""
-    if ships is None or provenance.differences(ships["provenance"], about):
+    if ships is None or results.differences(ships["provenance"], about):
         return {}
     return {tuple(row[name] for name in ABOUT): row for row in ships["rows"]}

@@ -25,20 +25,18 @@ def needed(dim: int) -> int:
     return dim + 1
 
 
-def moments(features: ArrayLike | Tensor, weights: ArrayLike | Tensor | None = None) -> Moments:
-    """Mean and unbiased covariance of features [N, D]; `weights` [N] are whole numbers, how often each row counts.
+def moments(features: ArrayLike | Tensor) -> Moments:
+    """Mean and unbiased covariance of features [N, D].
 
     Raises:
-        ValueError: features are not [N, D] of finite numbers, or fewer than two rows count.
+        ValueError: features are not [N, D] of finite numbers, or there are fewer than two rows.
     """
     x = _rows(features)
-    w = x.new_ones(len(x)) if weights is None else _double(weights)
-    n = w.sum()
-    if n < 2:
-        raise ValueError(f"a covariance needs at least 2 rows of features, not {n:.0f}: give more pictures")
-    mean = w @ x / n
+    if len(x) < 2:
+        raise ValueError(f"a covariance needs at least 2 rows of features, not {len(x)}: give more pictures")
+    mean = x.mean(0)
     centred = x - mean
-    return Moments(mean, (centred * w[:, None]).T @ centred / (n - 1))
+    return Moments(mean, centred.T @ centred / (len(x) - 1))
 
 
 def frechet(mean1: ArrayLike | Tensor, cov1: ArrayLike | Tensor, mean2: ArrayLike | Tensor, cov2: ArrayLike | Tensor) -> float:

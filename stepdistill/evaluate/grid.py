@@ -1,12 +1,11 @@
 """Samples while a run trains: fixed prompts, fixed noise, the teacher's rows beside the student's.
 
 The folder holds <step>.png, a grid with labels; and in pictures/teacher and pictures/<step> the single pictures, as
-<who>-<steps>steps/<index>.png (.webp above 128 pixels), prompts.json (a list) and labels.json ({row: its label}).
+<who>-<steps>steps/<index>.png (.webp above 128 pixels), prompts.json (a list) and seed.json (of the noise).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 from pathlib import Path
@@ -19,9 +18,10 @@ from .. import distributed
 from ..assemble import Distillation
 from ..data.prompts import read_prompts
 from ..data.texts import Texts
-from ..files import beside, write_text
+from ..files import beside
 from ..sampling import Inference, trailing
 from ..show import Line
+from .pictures import save_prompts
 from .walks import Walk, sampler, student_walk
 
 COLUMNS, CELL, MARGIN, HEAD = 8, 128, 150, 64  # pictures a row; pixels: a picture's width, of row labels, of prompts
@@ -48,12 +48,12 @@ class Samples:
             label = f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations"
             if n not in self.teacher:
                 self.teacher[n] = self.pictures(guided_teacher(distillation, n))
-                self.keep("teacher", f"teacher-{n}steps", label, self.teacher[n])
+                self.keep("teacher", f"teacher-{n}steps", self.teacher[n])
             rows.append((label, self.teacher[n]))
             if n in distillation.counts:
                 made = self.pictures(student_walk(distillation, distillation.inference(n)))
                 rows.append((f"student\n{plural(n)}\nat iteration {step}", made))
-                self.keep(f"{step:06d}", f"student-{n}steps", rows[-1][0], made)
+                self.keep(f"{step:06d}", f"student-{n}steps", made)
         path = self.folder / f"{step:06d}.png"
         if distributed.rank() == 0:
             with beside(path) as tmp:
@@ -65,15 +65,13 @@ class Samples:
         wanted = self.distillation.recipe.eval
         return sampler(self.distillation, walk, wanted.seed, wanted.batch, self.texts)(self.prompts, 0)
 
-    def keep(self, shelf: str, row: str, label: str, pictures: np.ndarray) -> None:
-        """Write a row's pictures one by one, and note their prompts and the row's label beside them."""
+    def keep(self, shelf: str, row: str, pictures: np.ndarray) -> None:
+        """Write a row's pictures one by one, beside their prompts and the seed of their noise."""
         if distributed.rank() > 0:
             return
-        keep_pictures(self.folder / "pictures" / shelf / row, pictures)
-        write_text(self.folder / "pictures" / shelf / "prompts.json", json.dumps(self.prompts))
-        notes = self.folder / "pictures" / shelf / "labels.json"
-        labels = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-        write_text(notes, json.dumps(labels | {row: label.replace("\n", ", ")}))
+        folder = self.folder / "pictures" / shelf
+        save_prompts(folder, self.prompts, self.distillation.recipe.eval.seed)
+        keep_pictures(folder / row, pictures)
 
     @torch.no_grad()
     def warn_if_inert(self, step: int) -> None:

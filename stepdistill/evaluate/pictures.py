@@ -32,10 +32,13 @@ def load(folder: Path, n: int, key: str) -> np.ndarray | None:
     return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
 
 
-def save_prompts(folder: Path, prompts: Sequence[str]) -> None:
-    """The prompt of each index, in folder/prompts.json; pictures of other prompts are removed."""
-    file, text = folder / "prompts.json", json.dumps(list(prompts), indent=1, ensure_ascii=False)
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
+def save_prompts(folder: Path, prompts: Sequence[str], seed: int) -> None:
+    """The prompt of each index, in folder/prompts.json, and the seed of the noise, in seed.json; pictures of others are
+    removed."""
+    wanted = {"prompts.json": json.dumps(list(prompts), indent=1, ensure_ascii=False), "seed.json": json.dumps(seed)}
+    there = {name: (folder / name).read_text(encoding="utf-8") for name in wanted if (folder / name).is_file()}
+    if there and there != wanted:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, text)
+    for name, text in wanted.items():
+        write_text(folder / name, text)

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,7 @@ import torch
 
 from .. import __version__
 from ..assemble import Distillation
-from ..errors import UserError
-from ..files import write_text
-from ..foreign import read_json
 
-FORMAT = 1  # of result files
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "numpy")
 
@@ -67,51 +62,6 @@ def checkout() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.strip() + "+" * bool(changed.strip())
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, its value in one, in the other) of all that decides figures and differs in two provenances."""
-    left, right = dict(_leaves(one.get("compared", {}))), dict(_leaves(other.get("compared", {})))
-    names = dict.fromkeys((*left, *right))
-    return [(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
-
-
-def compare(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str] = ("one", "the other")) -> None:
-    """Raises UserError, with each field that differs and both its values, where figures of two provenances do not compare."""
-    if found := differences(one, other):
-        fields = "; ".join(f"{name} is {a} and {b}" for name, a, b in found)
-        raise UserError(f"figures of {names[0]} and {names[1]} do not compare: {fields}. Measure both alike: stepdistill eval")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A result file: {"format", "rows", "provenance"}.
-
-    Raises:
-        UserError: it is none, or of another version.
-    """
-    try:
-        result = read_json(path)
-        right = result["format"] == FORMAT and isinstance(result["rows"], list) and "compared" in result["provenance"]
-    except (OSError, ValueError, KeyError, TypeError):
-        right = False
-    if not right:
-        raise UserError(f"{path} holds no figures that this version reads; measure them again: stepdistill eval RUN")
-    return result
-
-
-def write(path: Path, rows: list[dict[str, Any]], provenance: Mapping[str, Any]) -> None:
-    """Write a result file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"format": FORMAT, "rows": rows, "provenance": provenance}, indent=1))
-
-
-def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """(name in dots, value) of all that is no mapping."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{name}.")
-        else:
-            yield above + name, list(value) if isinstance(value, tuple) else value
 
 
 def _installed(package: str) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-Row = Mapping[str, Any]  # of a result file, and "run", the name of the run it is of
+if TYPE_CHECKING:
+    from .read import Told
+
+Row = Mapping[str, Any]  # of a result file; "run", the name of the run it is of, and "of", of the run's teacher
 
 
 class Column(NamedTuple):
@@ -86,6 +89,22 @@ class Tile(NamedTuple):
     teacher: str
 
 
+def of(run: Told, row: Mapping[str, Any]) -> Row:
+    """A row of a result file of a run."""
+    return {**row, "run": run.name, "of": run.teacher}
+
+
+def several_teachers(rows: Sequence[Row]) -> bool:
+    return len({row.get("of") for row in rows}) > 1
+
+
+def apart(rows: Sequence[Row]) -> list[str]:
+    """To whose pictures `fidelity` is a distance."""
+    several = several_teachers(rows)
+    named = (f"{row['apart_from']}{several * (' of ' + str(row.get('of')))}" for row in rows if row.get("apart_from"))
+    return list(dict.fromkeys(named))
+
+
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Those of which some row has a value; of a figure that is also told relative to the reference, that alone."""
     there = {column.key: column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)}
@@ -95,7 +114,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 def table(rows: Sequence[Row]) -> list[Line]:
     """The teacher's rows, then the students', most steps first; of equal rows of several runs one.
 
-    Of several runs the best student of each column is marked.
+    Of several runs the best student of each column is marked, but for distances to different teachers' pictures.
     """
     unique: list[Row] = []
     for row in rows:
@@ -106,9 +125,12 @@ def table(rows: Sequence[Row]) -> list[Line]:
     shown, best = columns(ordered), {}
     for column in shown:
         values = [row[column.key] for row in ordered if row["who"] == "student" and row.get(column.key) is not None]
+        if column.key.startswith("fidelity") and len(apart(ordered)) > 1:
+            continue
         if column.better and len({row["run"] for row in ordered if row["who"] == "student"}) > 1 < len(set(values)):
             best[column.key] = min(values) if column.better == "lower" else max(values)
-    return [_line(row, shown, best) for row in ordered]
+    several = several_teachers(rows)
+    return [_line(row, shown, best, several) for row in ordered]
 
 
 def tiles(rows: Sequence[Row], steps: int | None) -> list[Tile]:
@@ -139,11 +161,12 @@ def quality(rows: Sequence[Row]) -> Column | None:
     return next((there[key] for key in QUALITY if key in there), None)
 
 
-def _line(row: Row, shown: Sequence[Column], best: Mapping[str, float]) -> Line:
+def _line(row: Row, shown: Sequence[Column], best: Mapping[str, float], several: bool) -> Line:
+    """several: whether there are other teachers than this row's."""
     steps, guidance = row.get("steps"), row.get("guidance")
     taken = "" if steps is None else f", {steps} step{'s' * (steps != 1)}"
     guided = "" if guidance is None else f"guided {guidance:g}" if guidance != 1 else "unguided"
-    how = "" if row["who"] == "student" else ", ".join(filter(None, (guided, row.get("solver"))))
+    how = "" if row["who"] == "student" else ", ".join(filter(None, (guided, row.get("solver"), row["of"] if several else "")))
     cells = []
     for column in shown:
         ends = [row.get(key) for key in column.span or ()]
@@ -154,4 +177,4 @@ def _line(row: Row, shown: Sequence[Column], best: Mapping[str, float]) -> Line:
 
 
 def _same(one: Row, other: Row) -> bool:
-    return all(one.get(key) == other.get(key) for key in ("who", "steps", "guidance", "solver", "n", "fd", "clip"))
+    return all(one.get(key) == other.get(key) for key in ("of", "who", "steps", "guidance", "solver", "n", "fd", "clip"))

@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..card import snippet
 from ..errors import UserError
+from ..evaluate.results import compare
 from ..files import write_text
 from ..recipe import strategy_name
 from . import figures, pictures, plots, settings
@@ -53,17 +54,8 @@ def write(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def refuse_unlike(runs: Sequence[Told]) -> None:
     """Raises UserError, naming the fields, if two runs were measured by the same preset but not alike."""
-    if len(runs) == 1:
-        return
-    from ..evaluate.provenance import compare
-
     for preset in dict.fromkeys(preset for run in runs for preset in run.results):
         measured = [run for run in runs if preset in run.results]
-        for run in measured:
-            if "compared" not in run.results[preset]["provenance"]:
-                raise UserError(
-                    f"{run.folder} was measured by another version; measure it again: stepdistill eval {run.folder}"
-                )
         for other in measured[1:]:
             there = (run.results[preset]["provenance"] for run in (measured[0], other))
             compare(*there, (str(measured[0].folder), str(other.folder)))
@@ -93,7 +85,7 @@ def tables(runs: Sequence[Told], colours: dict[str, str]) -> Iterator[Shown]:
     import markupsafe
 
     for preset in dict.fromkeys(preset for run in runs for preset in run.results):
-        rows = [{**row, "run": run.name} for run in runs if preset in run.results for row in run.results[preset]["rows"]]
+        rows = [figures.of(run, row) for run in runs if preset in run.results for row in run.results[preset]["rows"]]
         what = figures.quality(rows)
         lines = series(rows, what, colours) if what else []
         floor = min((row["floor"] for row in rows if what and what.key == "fd" and row.get("floor")), default=None)
@@ -108,22 +100,31 @@ def tables(runs: Sequence[Told], colours: dict[str, str]) -> Iterator[Shown]:
             "series": lines,
             "floor": floor,
             "near": near,  # whether the floor is drawn
+            "apart": figures.apart(rows),
         }
 
 
 def series(rows: Sequence[figures.Row], what: figures.Column, colours: dict[str, str]) -> list[plots.Series]:
-    """A line for each run's student, and for each kind of teacher; what several runs have in common is drawn once."""
-    points: dict[tuple[str, str], list[plots.Point]] = {}
+    """A line for each run's student, and for each kind of teacher; what several runs have in common is drawn once.
+
+    Of several teachers each line has its name, and the colour of the first run that has it.
+    """
+    made: dict[tuple[str, str], plots.Series] = {}
+    several = figures.several_teachers(rows)
     for row in rows:
-        student, guided = row["who"] == "student", (row.get("guidance") or 1) != 1
-        name = (row["run"] if len(colours) > 1 else "student") if student else row["who"] + ", unguided" * (not guided)
-        colour = colours[row["run"]] if student else "teacher" if guided else "unguided"
-        if row.get("nfe") and row.get(what.key) is not None:
-            point = (row["nfe"], what.factor * row[what.key], *(row.get(key) for key in what.span or ("", "")))
-            if point not in points.setdefault((name, colour), []):
-                points[name, colour].append(point)
-    made = [plots.Series(name, colour, found) for (name, colour), found in points.items()]
-    return sorted(made, key=lambda one: one.colour in ("teacher", "unguided"))
+        if not row.get("nfe") or row.get(what.key) is None:
+            continue
+        who = "student" if row["who"] == "student" else "teacher" if (row.get("guidance") or 1) != 1 else "unguided"
+        if who == "student":
+            name, colour = row["run"] if len(colours) > 1 else "student", colours[row["run"]]
+        else:
+            name = row["who"] + ", unguided" * (who == "unguided") + (f" of {row['of']}, dashed" if several else "")
+            colour = colours[row["run"]] if several else who
+        point = (row["nfe"], what.factor * row[what.key], *(row.get(key) for key in what.span or ("", "")))
+        one = made.setdefault((name, who), plots.Series(name, colour, [], who))
+        if point not in one.points:
+            one.points.append(point)
+    return sorted(made.values(), key=lambda one: one.who != "student")
 
 
 def alone(runs: Sequence[Told]) -> Shown | None:
@@ -136,25 +137,28 @@ def alone(runs: Sequence[Told]) -> Shown | None:
 
 
 def beside(runs: Sequence[Told]) -> Shown | None:
-    """The teacher and each run's student at its own number of steps, for the prompts that all runs drew."""
+    """The teachers, and each run's student at its own number of steps, for the prompts that all runs drew."""
     drew = [run for run in runs if run.gallery]
     if not drew:
         return None
     first = drew[0].gallery.prompts
     common = [prompt for prompt in dict.fromkeys(first) if all(prompt in run.gallery.prompts for run in drew)]
-    teacher = next((strip for run in drew if (strip := run.gallery.find("teacher"))), None)
-    strips = [(teacher.title, False, _of(drew, teacher, common))] if teacher else []
+    teachers, strips = {run.teacher: run for run in reversed(drew) if run.gallery.find("teacher")}, []
+    several = len({run.teacher for run in drew}) > 1
+    for name, run in reversed(teachers.items()):
+        strip = run.gallery.find("teacher")
+        strips.append((strip.title + f" of {name}" * several, False, _of(run, strip, common)))
     for run in drew:
         wanted = run.serving and run.gallery.find("student", run.serving.steps)
         if strip := wanted or run.gallery.find("student"):
-            strips.append((f"{run.name}, {strip.title.partition(', ')[2]}", True, _of([run], strip, common)))
-    return cards(common, strips)
+            strips.append((f"{run.name}, {strip.title.partition(', ')[2]}", True, _of(run, strip, common)))
+    alike = all(pictures.alike(run.gallery, drew[0].gallery) for run in drew)
+    return cards(common, strips) | {"same": alike and not several}
 
 
-def _of(runs: Sequence[Told], strip: pictures.Strip, prompts: Sequence[str]) -> list[Path | None]:
-    """The strip's pictures of these prompts; it is of one of the runs."""
-    (prompted,) = [run.gallery.prompts for run in runs if any(other is strip for other in run.gallery.strips)][:1]
-    return [strip.files[prompted.index(prompt)] for prompt in prompts]
+def _of(run: Told, strip: pictures.Strip, prompts: Sequence[str]) -> list[Path | None]:
+    """The pictures of these prompts in a strip of a run."""
+    return [strip.files[run.gallery.prompts.index(prompt)] for prompt in prompts]
 
 
 def cards(prompts: Sequence[str], strips: Sequence[tuple[str, bool, list[Path | None]]]) -> Shown:
@@ -168,6 +172,7 @@ def cards(prompts: Sequence[str], strips: Sequence[tuple[str, bool, list[Path | 
             for k, prompt in enumerate(prompts[: pictures.PROMPTS])
         ],
         "of": len(prompts),
+        "same": True,  # whether all start from the same noise
     }
 
 
@@ -175,7 +180,7 @@ def shown(run: Told, k: int) -> Shown:
     """What is told of one run."""
     recipe, told = run.recipe, run.serving
     kind = type(recipe.strategy) if recipe else None
-    rows = [{**row, "run": run.name} for result in list(run.results.values())[:1] for row in result["rows"]]
+    rows = [figures.of(run, row) for result in list(run.results.values())[:1] for row in result["rows"]]
     return {
         "anchor": f"run-{k + 1}",
         "name": run.name,

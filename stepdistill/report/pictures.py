@@ -1,7 +1,7 @@
 """The pictures of a report: found in a run folder, and put into the page itself.
 
 A gallery folder holds <who>-<steps>steps/<index>.<kind>, prompts.json (a list; the index is a picture's, and its noise's)
-and perhaps labels.json (row -> text).
+and seed.json (of the noise).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class Strip(NamedTuple):
 
     who: str
     steps: int
-    label: str
     files: list[Path | None]
 
     @property
@@ -37,6 +36,7 @@ class Strip(NamedTuple):
 
 class Gallery(NamedTuple):
     prompts: list[str]
+    seed: int | None  # of the noise; None: it was not noted
     strips: list[Strip]
 
     def find(self, who: str, steps: int | None = None) -> Strip | None:
@@ -46,16 +46,18 @@ class Gallery(NamedTuple):
 
 
 class Film(NamedTuple):
-    """Galleries of the student alone by step of training, all of the same prompts; and the teacher's, if it was kept."""
+    """Galleries of the student alone by step of training, all of the same prompts and noise; and the teacher's, if it was
+    kept."""
 
     frames: dict[int, Gallery]
     teacher: Gallery | None
+    left_out: list[int]  # steps at which other prompts, or other noise, were drawn
 
     @property
     def gallery(self) -> Gallery:
         """The teacher beside the student at the last step."""
         last = self.frames[max(self.frames)]
-        return Gallery(last.prompts, [*(self.teacher.strips if self.teacher else ()), *last.strips])
+        return Gallery(last.prompts, last.seed, [*(self.teacher.strips if self.teacher else ()), *last.strips])
 
 
 class Embedded(NamedTuple):
@@ -72,7 +74,7 @@ class Embedded(NamedTuple):
 
 def read_gallery(folder: Path) -> Gallery | None:
     """The gallery in a folder; None if there is none."""
-    prompts, labels = (_json(folder / f"{name}.json") for name in ("prompts", "labels"))
+    prompts, seed = (_json(folder / f"{name}.json") for name in ("prompts", "seed"))
     if not isinstance(prompts, list):
         return None
     strips = []
@@ -81,20 +83,26 @@ def read_gallery(folder: Path) -> Gallery | None:
             continue  # the guided teacher's say more
         if found := re.fullmatch(r"([a-z_]+)-(\d+)steps(?:-unguided)?", row.name):
             files = {int(file.stem): file for file in row.iterdir() if file.stem.isdecimal()}
-            label = str(labels.get(row.name, "")) if isinstance(labels, dict) else ""
-            strips.append(Strip(found[1], int(found[2]), label, [files.get(k) for k in range(len(prompts))]))
-    return Gallery([str(prompt) for prompt in prompts], strips) if any(any(strip.files) for strip in strips) else None
+            strips.append(Strip(found[1], int(found[2]), [files.get(k) for k in range(len(prompts))]))
+    if not any(any(strip.files) for strip in strips):
+        return None
+    return Gallery([str(prompt) for prompt in prompts], seed if isinstance(seed, int) else None, strips)
 
 
 def read_film(folder: Path) -> Film | None:
-    """The pictures of samples/pictures; steps at which other prompts were drawn than at the last are left out."""
+    """The pictures of samples/pictures; steps at which other prompts or noise were drawn than at the last are left out."""
     found = {int(shelf.name): read_gallery(shelf) for shelf in sorted(folder.glob("[0-9]*")) if shelf.name.isdecimal()}
     frames = {step: gallery for step, gallery in found.items() if gallery}
     if not frames:
         return None
-    prompts, teacher = frames[max(frames)].prompts, read_gallery(folder / "teacher")
-    same = teacher if teacher and teacher.prompts == prompts else None
-    return Film({step: gallery for step, gallery in frames.items() if gallery.prompts == prompts}, same)
+    last, teacher = frames[max(frames)], read_gallery(folder / "teacher")
+    same = {step: gallery for step, gallery in frames.items() if alike(gallery, last)}
+    return Film(same, teacher if teacher and alike(teacher, last) else None, sorted(frames.keys() - same))
+
+
+def alike(one: Gallery, other: Gallery) -> bool:
+    """Whether pictures of equal index are of the same prompt and the same noise."""
+    return (one.prompts, one.seed) == (other.prompts, other.seed)
 
 
 def side_by_side(gallery: Gallery) -> list[Strip]:

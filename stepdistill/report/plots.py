@@ -61,6 +61,7 @@ class Series(NamedTuple):
     name: str
     colour: str  # one of COLOURS
     points: list[Point]
+    who: str = "student"  # or teacher, or unguided: dashed, the latter with rings
 
 
 def curve(key: str, name: str, drawn: Drawn, stages: Sequence[int], colour: str) -> str:
@@ -95,9 +96,9 @@ def quality(key: str, what: str, series: Sequence[Series], floor: float | None) 
         for k, one in enumerate(series):
             points = sorted(one.points, key=lambda point: point[0])
             x, y = [p[0] for p in points], [p[1] for p in points]
-            student = one.colour not in ("teacher", "unguided")
+            student = one.who == "student"
             style = {"color": COLOURS[one.colour], "zorder": 3 + k}
-            dots = {"ms": 6} if student else {"ms": 4.5, "mfc": "none" if one.colour == "unguided" else style["color"]}
+            dots = {"ms": 6} if student else {"ms": 4.5, "mfc": "none" if one.who == "unguided" else style["color"]}
             axes.plot(x, y, "-o" if student else "--o", lw=2 if student else 1.3, **dots, **style)
             for at, _, low, high in points:
                 if low is not None and high is not None:

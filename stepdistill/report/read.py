@@ -5,21 +5,23 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import account
 from ..card import newest_grid
 from ..errors import UserError
-from ..foreign import parse_json, read_json
+from ..evaluate import results
+from ..foreign import parse_json
 from ..recipe import Recipe, load_recipe
 from ..sidecar import SIDECAR, Serving, read_export
+from ..sources import EMBEDDED_DATA
 from .figures import COLUMNS
 from .pictures import Film, Gallery, read_film, read_gallery
 
 NUMBERS = {"steps", "nfe", "n", "guidance", "floor"} | {key for c in COLUMNS for key in (c.key, *(c.span or ()))}
 Curve = tuple[list[int], list[float]]  # steps, values
-Row = Mapping[str, Any]  # of a result file: who, steps, nfe, ... and figures
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,14 @@ class Told:
         """Iterations that the log knows of."""
         return max((steps[-1] for steps, _ in self.curves.values()), default=0)
 
-    def rows(self) -> list[Row]:
-        return [row for result in self.results.values() for row in result["rows"]]
+    @property
+    def teacher(self) -> str:
+        """From whom the student was distilled, in words that are equal of equal teachers."""
+        if self.recipe is None:
+            return self.serving.model if self.serving else f"the teacher of {self.name}"
+        model = self.recipe.model
+        of = model.source + f"@{model.revision}" * bool(model.revision)
+        return ", ".join([of, *filter(None, (model.variant, model.quantize)), *model.loras])
 
 
 def read(folder: Path, name: str) -> Told:
@@ -69,11 +77,19 @@ def read(folder: Path, name: str) -> Told:
     gallery = read_gallery(folder / "eval" / "pictures") or (film and film.gallery)
     grid = None if gallery else newest_grid(folder / "samples")
     if gallery is None and grid is None:
-        missing.append(f"No pictures were drawn while it trained; for pictures every 100 steps: {again} eval.every=100")
+        goes_on = recipe and done < recipe.train.steps
+        remedy = f"for pictures every 100 steps from here on: {again} eval.every=100" if goes_on else looking(folder, recipe)
+        missing.append(f"No pictures were drawn while it trained; {remedy}")
+    if film and film.left_out:
+        steps = ", ".join(map(str, film.left_out))
+        missing.append(
+            f"Pictures of other prompts, or of another eval.seed, than the last ones are left out: those at {steps}."
+        )
 
-    results = {file.stem: made for file in sorted((folder / "eval").glob("*.json")) if (made := read_result(file, missing))}
-    if not results:
-        missing.append(f"Not measured; this command does it: stepdistill eval {shlex.quote(str(folder))}")
+    files = sorted((folder / "eval").glob("*.json"))
+    read_now = {file.stem: made for file in files if (made := _unless(missing, partial(read_figures, file))) and made["rows"]}
+    if not read_now:
+        missing.append(f"Not measured; {looking(folder, recipe)}")
     serving = None
     if (folder / "export" / SIDECAR).is_file():
         serving = _unless(missing, lambda: read_export(folder / "export"))
@@ -81,7 +97,7 @@ def read(folder: Path, name: str) -> Told:
         missing.append(f"Not exported; from its newest checkpoint: stepdistill export {shlex.quote(str(folder))}")
     spent = account.read(folder / account.FILE).get("spent", {})
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    return Told(name, folder, text, recipe, curves, seconds, spent, results, gallery, film, grid, serving, missing)
+    return Told(name, folder, text, recipe, curves, seconds, spent, read_now, gallery, film, grid, serving, missing)
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -115,17 +131,24 @@ def read_log(path: Path) -> tuple[dict[str, Curve], float]:
     return curves, total
 
 
-def read_result(path: Path, missing: list[str]) -> Mapping[str, Any] | None:
-    """A result file with rows; what is none, or cannot be read, is told in `missing`."""
-    try:
-        made = read_json(path)
-        rows = made["rows"]
-        if isinstance(made["provenance"], Mapping) and isinstance(rows, list) and all(map(_is_row, rows)):
-            return made if rows else None
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    missing.append(f"{path} holds no figures that can be read; measure again: stepdistill eval {path.parents[1]}")
-    return None
+def read_figures(path: Path) -> Mapping[str, Any]:
+    """A result file whose rows can be shown.
+
+    Raises:
+        UserError: it is none.
+    """
+    made = results.read(path)
+    if not all(map(_is_row, made["rows"])):
+        raise results.unreadable(path)
+    return made
+
+
+def looking(folder: Path, recipe: Recipe | None) -> str:
+    """What draws pictures of a trained student and measures them."""
+    place, own = shlex.quote(str(folder)), recipe is not None and recipe.data.prompts != EMBEDDED_DATA
+    if recipe is not None and recipe.data.frames is not None:
+        return f"videos are not measured; this command draws one: stepdistill sample {place} --prompt TEXT"
+    return f"this command does it: stepdistill eval {place}" + " --prompts FILE" * own
 
 
 def _is_row(row: Any) -> bool:

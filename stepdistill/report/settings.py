@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..card_notes import literal
+from ..evaluate import results
 from ..sidecar import Serving
 
 
@@ -57,15 +58,10 @@ def samplers(told: Serving) -> list[dict[str, str]]:
     ]
 
 
-def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, str]:
+def leaves(tree: Mapping[str, Any]) -> dict[str, str]:
     """Everything in a tree that is no mapping, as text by its name in dots."""
-    found: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= leaves(value, f"{above}{name}.")
-        else:
-            found[above + name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return found
+    found = results.leaves(tree)
+    return {name: x if isinstance(x, str) else json.dumps(x, ensure_ascii=False, default=str) for name, x in found}
 
 
 def _words(values: Mapping[str, Any] | None) -> str:

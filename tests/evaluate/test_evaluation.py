@@ -12,7 +12,7 @@ from students import student
 
 from stepdistill import checkpoint
 from stepdistill.errors import UserError
-from stepdistill.evaluate import bench, evaluation, provenance
+from stepdistill.evaluate import bench, evaluation, results
 from stepdistill.evaluate.candidates import read_against, source
 from stepdistill.evaluate.measure import VARIED, Asked, Suite
 from stepdistill.evaluate.meters import Colour, Shown, Variety
@@ -57,7 +57,7 @@ def test_a_student_beside_its_teacher(tmp_path, quick, monkeypatch, capsys):
     assert (teacher["who"], teacher["steps"], own["who"], own["steps"], own["nfe"]) == ("teacher", 2, "student", 1, 1)
     assert teacher["fidelity"] == 0 < own["fidelity"]
     assert own["ms_low"] <= own["ms"] <= own["ms_high"] and own["memory_mib"] > 10
-    result = provenance.read(tmp_path / "eval/small.json")
+    result = results.read(tmp_path / "eval/small.json")
     assert result["rows"] == json.loads(json.dumps(rows)) and result["provenance"]["compared"]["n"] == 10
     shown = tmp_path / "eval/pictures"
     assert sorted(file.name for file in (shown / "student-1steps").glob("*.png")) == [f"0000{k}.png" for k in range(3)]
@@ -90,9 +90,9 @@ def test_nearness_to_another_teacher_and_another_machine_s_speed_are_measured_an
     assert again["ms"] == own["ms"] and again["saturation"] == own["saturation"]
 
     path, drawn[:] = tmp_path / "eval/small.json", []
-    result = provenance.read(path)
+    result = results.read(path)
     slow = [row | {"ms": -1.0, "machine": "another"} for row in result["rows"]]
-    provenance.write(path, slow, result["provenance"])
+    results.write(path, slow, result["provenance"])
     rows = compared(made, tmp_path / "eval", against=("teacher@3:unguided:ddim",))
     assert drawn == [] and all(row["ms"] > 0 and row["machine"] == own["machine"] for row in rows)
 
@@ -154,7 +154,7 @@ def test_real_processes_and_an_interruption_change_no_figure(tmp_path, quick):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *launch, *words], env=env, check=True, timeout=900)
-    (two,) = provenance.read(run / "eval/tiny.json")["rows"]
+    (two,) = results.read(run / "eval/tiny.json")["rows"]
     same(quality(whole), quality(two))
     (run / "eval").rename(run / "two")
 
@@ -189,10 +189,10 @@ def test_a_solver_that_was_only_asked_for_is_not_taken_for_the_best():
     assert best_known([*rows, asked, {"who": "student", "steps": 4}]) == {(4, 1.0): "UniPC"}
 
 
-def test_pictures_of_other_prompts_are_removed(tmp_path):
-    save_prompts(tmp_path / "pictures", ["a"])
-    (tmp_path / "pictures" / "student-2steps").mkdir()
-    save_prompts(tmp_path / "pictures", ["a"])
-    assert (tmp_path / "pictures" / "student-2steps").exists()
-    save_prompts(tmp_path / "pictures", ["b"])
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["prompts.json"]
+def test_pictures_of_other_prompts_and_of_other_noise_are_removed(tmp_path):
+    folder = tmp_path / "pictures"
+    for prompts, seed, stays in ((["a"], 0, True), (["b"], 0, False), (["b"], 1, False)):
+        (folder / "student-2steps").mkdir(parents=True, exist_ok=True)
+        save_prompts(folder, prompts, seed)
+        assert (folder / "student-2steps").exists() == stays
+        assert sorted(path.name for path in folder.glob("*.json")) == ["prompts.json", "seed.json"]

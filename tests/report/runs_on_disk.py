@@ -56,11 +56,14 @@ def pictures(seed: int, shape: tuple[int, int] = (8, 8)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (len(PROMPTS), *shape, 3), np.uint8)
 
 
-def drawn(shelf: Path, rows: dict[str, int], prompts: list[str] = PROMPTS, shape: tuple[int, int] = (8, 8)) -> None:
-    """A gallery. rows: its folders, each with a seed."""
-    for row, seed in rows.items():
-        keep_pictures(shelf / row, pictures(seed, shape))
+def drawn(
+    shelf: Path, rows: dict[str, int], prompts: list[str] = PROMPTS, shape: tuple[int, int] = (8, 8), seed: int = 0
+) -> None:
+    """A gallery. rows: its folders, each with what its pictures are made of; seed: what is noted of their noise."""
+    for row, kind in rows.items():
+        keep_pictures(shelf / row, pictures(kind, shape))
     (shelf / "prompts.json").write_text(json.dumps(prompts))
+    (shelf / "seed.json").write_text(json.dumps(seed))
 
 
 def measured(folder: Path, rows=(TEACHER, STUDENT), provenance=PROVENANCE) -> None:
@@ -74,10 +77,10 @@ def log(folder: Path, steps: int, names=("student/matching", "student/lr", "crit
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def bare(folder: Path) -> Path:
+def bare(folder: Path, *overrides: str) -> Path:
     """A run that has not begun."""
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe("quickstart")))
+    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe("quickstart", overrides)))
     return folder
 
 

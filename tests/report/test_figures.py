@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from runs_on_disk import STUDENT, TEACHER
 
-from stepdistill.report.figures import QUALITY, columns, quality, table, tiles
+from stepdistill.report.figures import QUALITY, apart, columns, quality, table, tiles
 from stepdistill.report.page import series
 
 ROWS = [STUDENT | {"run": "a"}, TEACHER | {"run": "a"}, STUDENT | {"run": "a", "steps": 1, "nfe": 1, "fd": 16.0, "ms": None}]
@@ -67,3 +67,23 @@ def test_lines_of_a_plot_are_students_and_kinds_of_teacher():
         ("teacher, unguided", "unguided", 1),
     ]
     assert series(ROWS, quality(ROWS), {"a": "student"})[0].name == "student"
+
+
+def test_other_teachers_are_other_lines():
+    rows = [row | {"run": run, "of": of} for run, of in (("a", "one"), ("b", "other")) for row in (TEACHER, STUDENT)]
+    made = series(rows, quality(rows), {"a": "run1", "b": "run2"})
+    assert [(line.name, line.colour, line.who) for line in made] == [
+        ("a", "run1", "student"),
+        ("b", "run2", "student"),
+        ("teacher of one, dashed", "run1", "teacher"),
+        ("teacher of other, dashed", "run2", "teacher"),
+    ]
+    assert [line.how for line in table(rows)[:2]] == ["guided 3, UniPC, one", "guided 3, UniPC, other"]
+
+
+def test_distances_to_different_teachers_are_not_ranked():
+    near, far = ({"run": run, "of": "one", "fd": fd, "fidelity": fd} for run, fd in (("a", 1.0), ("b", 2.0)))
+    for others, ranked in (("guided 3", 2), ("guided 4", 1)):
+        rows = [STUDENT | near | {"apart_from": "guided 3"}, STUDENT | far | {"apart_from": others}]
+        assert sum(cell.best for cell in table(rows)[0].cells) == ranked
+        assert len(apart(rows)) == 3 - ranked

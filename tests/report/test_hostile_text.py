@@ -1,7 +1,6 @@
 """Text of others stays text: in the report, in cards, and on a terminal (docs/security.md)."""
 
 import io
-import json
 import re
 
 import pytest
@@ -35,7 +34,6 @@ def test_a_report_of_hostile_texts_has_the_elements_of_any_other(tmp_path):
         (folder / "eval" / "tiny.json").rename(folder / "eval" / f"{text.replace('/', '-')}.json")
         for shelf in (folder / "samples" / "pictures").iterdir():
             drawn(shelf, {}, [text, text])
-            (shelf / "labels.json").write_text(json.dumps({row.name: text for row in shelf.glob("*steps")}))
         (folder / "export" / "stepdistill.json").write_text(serving(prompts=(text,), model=text).to_json())
         (folder / "recipe.yaml").write_text(f"# {text}\n" + (folder / "recipe.yaml").read_text())
     pages = [Page(write([folder]).read_text(encoding="utf-8")) for folder in where]

@@ -117,10 +117,27 @@ def test_pictures_are_those_of_the_run_exactly(finished):
     assert (slider["data-steps"], slider["max"]) == ("0 100 205", "2")
 
 
-def test_steps_at_which_other_prompts_were_drawn_are_left_out(run):
-    drawn(run / "samples" / "pictures" / "000100", {"student-2steps": 100}, ["a red ring", "another"])
-    (slider,) = page(run).all("input")
-    assert slider["data-steps"] == "0 205"
+@pytest.mark.parametrize("other", [{"prompts": ["a red ring", "another"]}, {"seed": 1}])
+def test_steps_at_which_other_prompts_or_other_noise_were_drawn_are_left_out_and_told(run, other):
+    drawn(run / "samples" / "pictures" / "000100", {"student-2steps": 100}, **other)
+    made = page(run)
+    (slider,) = made.all("input")
+    assert slider["data-steps"] == "0 205" and "are left out: those at 100." in made.text
+    drawn(run / "samples" / "pictures" / "teacher", {"teacher-25steps": 0}, **other)
+    assert not page(run).all("img", alt=f"teacher, 25 steps: {PROMPTS[1]}")
+
+
+def test_advice_of_a_finished_run_works_on_a_finished_run(tmp_path):
+    for k, (more, said) in enumerate(
+        (([], ""), (["data.prompts=PROMPTS"], " --prompts FILE"), (["data.frames=5"], "stepdistill sample"))
+    ):
+        (tmp_path / "prompts.txt").write_text("a cat")
+        run = bare(tmp_path / f"done{k}", *(one.replace("PROMPTS", str(tmp_path / "prompts.txt")) for one in more))
+        log(run, 205)
+        made = page(run).text
+        assert "eval.every=100" not in made and f"stepdistill eval {run}" * (k < 2) + said in made
+    log(run, 204)
+    assert "eval.every=100" in page(run).text
 
 
 def test_evaluated_pictures_come_before_samples(run):
@@ -168,7 +185,12 @@ def test_what_cannot_be_read_is_told(run):
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace("name: dmd2", "name: 'absent.package:Method'"))
     made = page(run)
-    for part in ("tiny.json holds no figures that can be read", "export the run again", "absent.package:Method", "no picture"):
+    for part in (
+        "tiny.json holds no figures that this version reads",
+        "export the run again",
+        "absent.package:Method",
+        "no picture",
+    ):
         assert part in made.text
     assert "The gradient's norm before it is clipped" in made.text  # what holds whatever the strategy
 
@@ -199,6 +221,21 @@ def test_two_runs_beside_each_other(two):
     assert shown == ["one, 2 steps: a red ring", "other, 1 step: a red ring"]  # the prompt that both drew
 
 
+def test_two_teachers_are_never_one(two):
+    _, other = two
+    assert "Every picture of a prompt starts from the same noise" not in page(*two).text  # the lists of prompts differ
+    drawn(other / "eval" / "pictures", {"student-2steps": 0, "teacher-25steps": 1})
+    made = page(*two)
+    assert "Every picture of a prompt starts from the same noise" in made.text
+    recipe = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("source: stepdistill/tiny-sd\n", "source: stepdistill/tiny-sd3\n"))
+    made = page(*two)
+    for of in ("tiny-sd", "tiny-sd3"):
+        assert made.all("img", alt=f"teacher, 25 steps of stepdistill/{of}: a red ring")
+        assert f"guided 3, UniPC, stepdistill/{of}" in made.text and f"teacher of stepdistill/{of}, dashed" in made.text
+    assert "start from different noise" in made.text
+
+
 def test_runs_of_equal_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for home in "ab":
@@ -213,10 +250,9 @@ def test_runs_that_do_not_compare_are_refused_by_field(two, capsys):
     assert main(["report", *map(str, two)]) == 2
     said = capsys.readouterr().err
     assert "n is 8 and 9" in said and "noise" not in said and "torch" not in said and "Traceback" not in said
-    measured(two[1], provenance={"n": 8})
-    with pytest.raises(UserError, match="measured by another version"):
-        write(two)
     assert not (two[0].parent / "report.html").exists()
+    measured(two[1], provenance={"n": 8})
+    assert "tiny.json holds no figures that this version reads; measure them again: stepdistill eval" in page(*two).text
 
 
 def test_places_that_cannot_be(tmp_path):

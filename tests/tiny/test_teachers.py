@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from stepdistill.evaluate.presets import tiny_suite
-from stepdistill.evaluate.provenance import differences
+from stepdistill.evaluate.results import differences
 from stepdistill.evaluate.shipped import shipped
 from stepdistill.sources import embedded_models
 
