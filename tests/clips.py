@@ -3,11 +3,14 @@
 import importlib.machinery
 import sys
 import types
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+
+from stepdistill.evaluate import clip
 
 
 def clip_words():
@@ -47,3 +50,31 @@ def package(monkeypatch, name, **content):
     vars(made).update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
     monkeypatch.setitem(sys.modules, name, made)
     return made
+
+
+def colours_named(prompts):
+    """Prompts as three numbers each: whether they name red, green and blue."""
+    return torch.tensor([[float(word in prompt) for word in ("red", "green", "blue")] for prompt in prompts])
+
+
+@contextmanager
+def open_clip(monkeypatch, create, heard=None, known=None):
+    """An open_clip whose networks `create` makes, and whose words are `colours_named`.
+
+    heard: a list that gets every prompt; known: of its weights, tag -> where they are.
+    """
+
+    def tokenize(prompts):
+        (heard if heard is not None else []).extend(prompts)
+        return colours_named(prompts)
+
+    clip.load_open.cache_clear()
+    package(
+        monkeypatch,
+        "open_clip",
+        create_model_and_transforms=create,
+        get_tokenizer=lambda model: tokenize,
+        get_pretrained_cfg=lambda model, tag: (known or {}).get(tag),
+    )
+    yield
+    clip.load_open.cache_clear()

@@ -9,9 +9,11 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from processes import world
 from students import student
 from written import only, swapped, write
 
+from stepdistill import pairs
 from stepdistill.assemble import assemble
 from stepdistill.cli import main
 from stepdistill.data import build_batches
@@ -110,6 +112,21 @@ def test_batches_and_files_change_no_pair_and_the_seed_changes_all(made, tmp_pat
         assert torch.equal(read[name][1], read["one"][1])
         torch.testing.assert_close(read[name][2], read["one"][2], rtol=1e-4, atol=1e-5)
     assert not (read["seed"][1] == read["one"][1]).any()
+
+
+def make_share(recipe, folder):
+    """One of several processes: the files that it wrote."""
+    wrote, write_shard = [], pairs.write_shard
+    pairs.write_shard = lambda path, *rest: wrote.append(path.name) or write_shard(path, *rest)
+    make_pairs(assemble(recipe), folder, Line())
+    return wrote
+
+
+def test_two_processes_make_what_one_makes(made, tmp_path):
+    make_pairs(made, tmp_path / "one", Line())
+    wrote = world(2, make_share, made.recipe, tmp_path / "two")
+    assert wrote == [["pairs-00000.safetensors", "pairs-00002.safetensors"], ["pairs-00001.safetensors"]]
+    assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
 @pytest.fixture(params=[("eps", 4), ("flow", 1)])  # on flow a fused scheduler's grid is the student's in one step only

@@ -2,11 +2,12 @@
 
 import types
 
+import clips
 import numpy as np
 import pytest
 import torch
 import transformers
-from clips import package, pictures, save_clip
+from clips import pictures, save_clip
 from torch import nn
 from torchmetrics.multimodal import CLIPScore
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -105,10 +106,6 @@ def open_clip(monkeypatch):
         seen.append(picture.size)
         return torch.tensor(np.asarray(picture), dtype=torch.float32).mean((0, 1))
 
-    def tokenize(prompts):
-        heard.extend(prompts)
-        return torch.tensor([[float(word in prompt) for word in ("red", "green", "blue")] for prompt in prompts])
-
     def create(model, pretrained, precision, device):
         assert precision == "fp32" and str(device) == "cpu"
         if pretrained == "laion2b_s12b_b42k":
@@ -116,16 +113,8 @@ def open_clip(monkeypatch):
         return Colours(), None, preprocess
 
     known = {"laion2b_s12b_b42k": {"hf_hub": "laion/g/"}, "some": {"hf_hub": "org/some/"}}
-    clip.load_open.cache_clear()
-    package(
-        monkeypatch,
-        "open_clip",
-        create_model_and_transforms=create,
-        get_tokenizer=lambda model: tokenize,
-        get_pretrained_cfg=lambda model, tag: known.get(tag),
-    )
-    yield types.SimpleNamespace(heard=heard, seen=seen)
-    clip.load_open.cache_clear()
+    with clips.open_clip(monkeypatch, create, heard, known):
+        yield types.SimpleNamespace(heard=heard, seen=seen)
 
 
 def test_dmd2_says_its_prefix_and_sees_256_pixels(open_clip):

@@ -1,18 +1,16 @@
 """Whole evaluations of small students: the result file, what is not measured again, and figures whatever made them."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import world
 from students import student
 
 from stepdistill import checkpoint
 from stepdistill.errors import UserError
-from stepdistill.evaluate import bench, evaluation, results
+from stepdistill.evaluate import bench, evaluation, results, speed
 from stepdistill.evaluate.candidates import read_against, source
 from stepdistill.evaluate.measure import VARIED, Asked, Suite
 from stepdistill.evaluate.meters import Colour, Shown, Variety
@@ -140,6 +138,12 @@ def test_bad_wishes_are_refused_before_anything_is_loaded(tmp_path):
         evaluation.evaluate_run(tmp_path, preset="tiny", reference="photos")
 
 
+def measured_again(run):
+    """One of several processes."""
+    speed.CALLS = 3
+    evaluation.evaluate_run(run, against=("none",), batch=7)
+
+
 @pytest.mark.long
 def test_real_processes_and_an_interruption_change_no_figure(tmp_path, quick):
     """The embedded world's preset by one process in batches of 64, by two in batches of 7, and by two runs of one."""
@@ -150,10 +154,7 @@ def test_real_processes_and_an_interruption_change_no_figure(tmp_path, quick):
     (whole,) = evaluation.evaluate_run(run, against=("none",))
     (run / "eval").rename(run / "whole")
 
-    words = ["-m", "stepdistill", "eval", str(run), "--against", "none", "--batch", "7"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launch, *words], env=env, check=True, timeout=900)
+    world(2, measured_again, run, seconds=600)
     (two,) = results.read(run / "eval/tiny.json")["rows"]
     same(quality(whole), quality(two))
     (run / "eval").rename(run / "two")

@@ -2,6 +2,7 @@
 
 import types
 
+import clips
 import numpy as np
 import pytest
 import torch
@@ -34,19 +35,8 @@ class Net(nn.Module):
 
 @pytest.fixture
 def open_clip(monkeypatch):
-    clip.load_open.cache_clear()
-
-    def tokenize(prompts):
-        return torch.tensor([[float(word in prompt) for word in ("red", "green", "blue")] for prompt in prompts])
-
-    package(
-        monkeypatch,
-        "open_clip",
-        create_model_and_transforms=lambda model, pretrained, **kw: (Net(), None, None),
-        get_tokenizer=lambda model: tokenize,
-    )
-    yield
-    clip.load_open.cache_clear()
+    with clips.open_clip(monkeypatch, lambda model, pretrained, **kw: (Net(), None, None)):
+        yield
 
 
 def test_hps_is_the_cosine_of_the_tuned_network(open_clip, monkeypatch):
