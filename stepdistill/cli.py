@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=counts, default=(), metavar="LIST", help="of the student, as in 1,2,4")
     help = "the teacher, as in teacher@25,teacher@4:unguided, or with a solver teacher@8:dpm; none: nobody"
     made.add_argument("--against", type=words, default=(), metavar="LIST", help=help)
-    help = "what is measured: inception, inception-patch, clip, clip-score, clip-score-dmd2, hps, image-reward"
+    help = "what is measured: inception, inception-patch, clip, judge, clip-score, clip-score-dmd2, hps, image-reward"
     made.add_argument("--features", type=words, default=(), metavar="LIST", help=help)
     made.add_argument("--batch", type=positive, metavar="N", help="pictures sampled at a time; changes no figure")
     made.add_argument(

@@ -22,12 +22,13 @@ import peft  # noqa: F401 - peft and diffusers so that each fork finds them load
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa: F401
+from evaluation_mutants import MUTATIONS as OF_EVALUATION
 from kernel_mutants import MUTATIONS as OF_KERNELS
 from mutants import MUTATIONS as OF_THE_REST
 
 PROCESSES = 2
 REPO = Path(__file__).resolve().parent.parent
-MUTATIONS = OF_THE_REST + OF_KERNELS
+MUTATIONS = OF_THE_REST + OF_EVALUATION + OF_KERNELS
 FOLDERS = {"stepdistill": "stepdistill", "stepdistill_kernels": "kernels", "tests": "tests"}  # as imported: where it is
 
 

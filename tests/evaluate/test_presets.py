@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stepdistill.cli import main
 from stepdistill.errors import UserError
 from stepdistill.evaluate import presets
 from stepdistill.evaluate.measure import collect, figures, make
@@ -132,3 +133,10 @@ def test_sizes_are_looked_at_before_any_feature_is_computed(tmp_path, prompts, m
 def test_moments_of_others_serve_no_other_network(tmp_path, prompts, word):
     with pytest.raises(UserError, match=f"--features {word}: them.npz holds moments of inception features"):
         made(tmp_path, Preset(None, ("inception", word)), prompts, "them.npz")
+
+
+def test_help_names_all_that_can_be_measured(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert [word for word in presets.FEATURE_WORDS if f" {word}" not in said] == []
