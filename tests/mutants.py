@@ -88,7 +88,7 @@ MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
     ("stopping.py", "        if stop.asked:\n            raise KeyboardInterrupt", "        pass", "stopping"),
     ("families/quantize.py", "module.support_avx512bf16_for_cpu = False", "pass", "quantize"),
     ("sampling.py", "sum(1 if hop.scale == 1 else 2 for hop in self.hops)", "len(self.hops)", "sampling"),
-    ("pairs.py", "[distributed.rank() :: distributed.world()]", "[:]", "pairs"),
+    ("pairs.py", "distributed.share(missing, distillation.together)", "missing", "pairs"),
     ("trackers.py", "purge_step=self.at + 1", "purge_step=None", "trackers"),
     ("trackers.py", "purge_step=self.at + 1", "purge_step=self.at", "trackers"),
     ("trackers.py", 'row["who"] == "student" and', "", "trackers"),
