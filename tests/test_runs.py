@@ -142,7 +142,8 @@ def test_a_run_skips_scores_and_names_its_best_checkpoint_whatever_the_clock_say
     assert [meta["score"] for meta in metas] == list(scores.values()) and [meta["skips"] for meta in metas] == [1, 0]
     seconds = [line["seconds"] for line in lines.values()]
     assert seconds == sorted(seconds) and seconds[0] >= 0 and seconds[-1] < 600
-    assert "skipped" not in read_log(run.folder / "log.jsonl")[0]
+    curves, _ = read_log(run.folder / "log.jsonl")
+    assert curves["student/lr"][0] == [1, 3, 4] and "skipped" not in curves
 
     log = run.folder / "log.jsonl"
     for better, told in ((2, f"stepdistill export {run.folder} --checkpoint 2"), (4, "")):

@@ -119,13 +119,13 @@ def read_log(path: Path) -> tuple[dict[str, Curve], float]:
             step, seconds = values.pop("step"), values.pop("seconds")
         except (ValueError, KeyError, AttributeError, TypeError):
             continue
+        # the rest is where the time went, why an iteration was skipped, and other things that are no curve
+        values = {name: value for name, value in values.items() if "/" in name}
         if not isinstance(step, int) or not all(_is_number(x) for x in (seconds, *values.values())):
             continue
         total += seconds - last if seconds >= last else seconds  # the clock of a resumed run begins again
         last = seconds
         for name, value in values.items():
-            if "/" not in name:  # where the time went, why an iteration was skipped, and other things that are no curve
-                continue
             steps, points = curves.setdefault(name, ([], []))
             steps.append(step), points.append(value)
     return curves, total
