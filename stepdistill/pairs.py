@@ -52,9 +52,7 @@ def make_pairs(distillation: Distillation, folder: Path, line: Line) -> None:
     prompts = read_prompts(recipe.data.prompts, recipe.data.count)
     prompts = [prompts[i % len(prompts)] for i in range(pairs.count)]
     made = settings(distillation, prompts)
-    if distributed.rank() == 0:
-        begin(folder, made)
-    distributed.wait()
+    distributed.at_first(lambda: begin(folder, made))
     names = shards(made)
     missing = [k for k in range(len(names)) if not (folder / names[k]).is_file()]
     todo = distributed.share(missing, distillation.together)
@@ -72,7 +70,9 @@ def make_pairs(distillation: Distillation, folder: Path, line: Line) -> None:
                 left = (time.monotonic() - began) / (done - first) * (pairs.count - done)
                 line(f"pairs: {done}/{pairs.count}  {clock(left)} left", final=done == pairs.count)
             seeds = [seed_of_pair(pairs.seed, i) for i in part]
-            write_shard(folder / names[k], prompts[part.start : part.stop], noises(distillation, part), torch.cat(ends), seeds)
+            if distributed.rank() == 0 or not distillation.together:
+                some = prompts[part.start : part.stop]
+                write_shard(folder / names[k], some, noises(distillation, part), torch.cat(ends), seeds)
     except KeyboardInterrupt:
         there = sum((folder / name).is_file() for name in names)
         line.say(f"stopped with {there} of {len(names)} files in {folder}. The same command goes on from there.")

@@ -84,7 +84,7 @@ def unsharded(net: nn.Module) -> nn.Module:
     if hasattr(net, "rebuilt"):  # two experts in one
         return net.rebuilt(unsharded)
     kind = next(kind for kind in type(net).__mro__ if not issubclass(kind, FSDPModule))
-    made = kind.from_config(net.config)
-    for mine, theirs in zip(made.state_dict().values(), net.state_dict().values(), strict=True):
-        mine.copy_(distributed.whole(theirs))
+    made, there = kind.from_config(net.config), net.state_dict()
+    for name, x in made.state_dict().items():  # in its own order; one at a time is whole
+        x.copy_(distributed.whole(there[name]))
     return made

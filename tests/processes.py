@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,9 +36,7 @@ def world(n: int, function: Callable[..., Any], *args: Any, seconds: float = 60)
     with tempfile.TemporaryDirectory() as folder:
         inbox, everyone = SERVER.SimpleQueue(), []
         for rank in range(n):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
-            meet = (Path(folder) / "store", rank, n)
-            everyone.append(start(_join, meet, inbox, function, args, **{name: str(value) for name, value in names.items()}))
+            everyone.append(start(_join, (Path(folder) / "store", rank, n), inbox, function, args, **_names(rank, n)))
         for process in everyone:
             process.join(seconds)
         told = {}
@@ -52,6 +51,24 @@ def world(n: int, function: Callable[..., Any], *args: Any, seconds: float = 60)
     return [told[rank] for rank in range(n)]
 
 
+def endings(n: int, function: Callable[..., Any], *args: Any, seconds: float = 60) -> list[int | None]:
+    """How n processes that know of each other ended, each with the status that a function returns; None: it had not yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        everyone = [start(_meet, (Path(folder) / "store", rank, n), function, args, **_names(rank, n)) for rank in range(n)]
+        until = time.monotonic() + seconds
+        for process in everyone:
+            process.join(max(0.0, until - time.monotonic()))
+        found = [process.exitcode for process in everyone]
+        for process in everyone:
+            process.kill()
+    return found
+
+
+def _names(rank: int, n: int) -> dict[str, str]:
+    """What a launcher tells a process of a machine."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+
+
 def _call(function: Callable[..., Any], args: tuple, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     result = function(*args)
@@ -59,6 +76,15 @@ def _call(function: Callable[..., Any], args: tuple, environment: dict[str, str]
 
 
 def _join(meet: tuple[Path, int, int], inbox: Any, function: Callable[..., Any], args: tuple) -> None:
+    rank = meet[1]
+    try:
+        inbox.put((rank, _meet(meet, function, args)))
+    except BaseException:
+        inbox.put((rank, traceback.format_exc()))
+        raise
+
+
+def _meet(meet: tuple[Path, int, int], function: Callable[..., Any], args: tuple) -> Any:
     import torch
     import torch.distributed as dist
 
@@ -66,9 +92,7 @@ def _join(meet: tuple[Path, int, int], inbox: Any, function: Callable[..., Any],
     file, rank, n = meet
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate wants them; the processes meet in a file
     dist.init_process_group("gloo", store=dist.FileStore(str(file), n), rank=rank, world_size=n, timeout=timedelta(seconds=60))
-    try:
-        inbox.put((rank, function(*args)))
-    except BaseException:
-        inbox.put((rank, traceback.format_exc()))
-        raise
-    dist.destroy_process_group()
+    result = function(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result

@@ -41,24 +41,29 @@ class Samples:
         self.last: np.ndarray | None = None
 
     def __call__(self, step: int) -> Path:
-        """One grid: the teacher at 25 steps, then at each number of steps the teacher above the student."""
-        distillation, rows = self.distillation, []
+        """One grid: the teacher at 25 steps, then at each number of steps the teacher above the student.
+
+        All is drawn before anything is written: networks in shares run on all processes, of which one alone meets the disk.
+        """
+        distillation, rows, kept = self.distillation, [], []
         for n in dict.fromkeys((25, *distillation.counts)):
             calls = n * (1 if self.scale == 1 else 2)
             label = f"teacher\n{plural(n)}, guided {self.scale:g}\n{calls} evaluations"
             if n not in self.teacher:
                 self.teacher[n] = self.pictures(guided_teacher(distillation, n))
-                self.keep("teacher", f"teacher-{n}steps", self.teacher[n])
+                kept.append(("teacher", f"teacher-{n}steps", self.teacher[n]))
             rows.append((label, self.teacher[n]))
             if n in distillation.counts:
                 made = self.pictures(student_walk(distillation, distillation.inference(n)))
                 rows.append((f"student\n{plural(n)}\nat iteration {step}", made))
-                self.keep(f"{step:06d}", f"student-{n}steps", made)
+                kept.append((f"{step:06d}", f"student-{n}steps", made))
+        self.warn_if_inert(step)
         path = self.folder / f"{step:06d}.png"
         if distributed.rank() == 0:
+            for row in kept:
+                self.keep(*row)
             with beside(path) as tmp:
                 draw_grid(rows, self.prompts).save(tmp, "PNG")
-        self.warn_if_inert(step)
         return path
 
     def pictures(self, walk: Walk) -> np.ndarray:
@@ -67,8 +72,6 @@ class Samples:
 
     def keep(self, shelf: str, row: str, pictures: np.ndarray) -> None:
         """Write a row's pictures one by one, beside their prompts and the seed of their noise."""
-        if distributed.rank() > 0:
-            return
         folder = self.folder / "pictures" / shelf
         save_prompts(folder, self.prompts, self.distillation.recipe.eval.seed)
         keep_pictures(folder / row, pictures)
