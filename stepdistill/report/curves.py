@@ -17,7 +17,7 @@ SECTION = "Healthy curves"
 EVERY = {  # what is logged whatever the strategy: of each player, and of looks at the student
     "lr": "The learning rate: warm-up, then the schedule of the recipe.",
     "grad_norm": "The gradient's norm before it is clipped to optim.clip.",
-    "score": "How unlike the teacher's the student's pictures look (eval.watch): an energy distance, about 0 if they are alike.",
+    "score": "How unlike the teacher's the student's pictures look (eval.watch): an energy distance, about 0 if alike.",
     "saturation": "Of the student's pictures, mean. A warning tells if it leaves the teacher's range.",
     "contrast": "Of the student's pictures, mean. A warning tells if it leaves the teacher's range.",
     "brightness": "Of the student's pictures, mean. A warning tells if it leaves the teacher's range.",
