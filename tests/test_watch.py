@@ -34,7 +34,8 @@ def noisy(n, seed=0):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_an_explosion_is_told_after_several_iterations_with_its_sizes(sign):
     watch = Watch(1000)
-    assert fed(watch, [sign * loss for loss in [*noisy(100), *[5000.0] * 20]]) == 100 + RECENT // 2 - 1  # when half of the last ones are
+    losses = [sign * loss for loss in [*noisy(100), *[5000.0] * 20]]
+    assert fed(watch, losses) == 100 + RECENT // 2 - 1  # when half of the last ones are
     who, usual, now = watch({"student": sign * 6000.0})
     assert who == "student" and 0.7 < usual < 1.4 and now == 5000
 
