@@ -73,7 +73,7 @@ def run(argv: Sequence[str] | None) -> int:
             complain(one_line(told))
             return 2
         if (together := sys.modules.get("stepdistill.distributed")) and together.lost(error):
-            print(f"process {process()} lost the others; the one that failed says why", file=sys.stderr)
+            print(f"process {process()} lost the others; the one that failed says why, if it was not killed", file=sys.stderr)
             return 1
         raise  # a fault of ours
 

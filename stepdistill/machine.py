@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,8 @@ COMPILERS = ("c++", "g++", "clang++", "cl")  # of C++, for train.compile
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Raises UserError for a package, a key, a compiler or a type of numbers that this machine lacks."""
+    """Raises UserError for a package, a key, a compiler or a type of numbers that this machine lacks, and see below."""
+    check_launch(os.environ)
     if recipe.optim.optimizer == "adamw8bit":
         require("bitsandbytes", "optim.optimizer adamw8bit")
     if recipe.train.attention == "xformers":
@@ -37,6 +40,15 @@ def check_machine(recipe: Recipe) -> None:
         if lacks(device, getattr(torch, name)):
             remedy = "float32 (or float16 on a GPU)" if key == "model.dtype" else "no"
             raise UserError(f"{key} {name}: {device.type} of this machine does not compute in it; set {key} to {remedy}")
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raises UserError where accelerate was asked for several processes, and has started one, without a word."""
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys() and "WORLD_SIZE" not in environment:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu, and where it sees one "
+            "GPU; give it --multi_gpu instead, on CPUs too, or take torchrun --nproc_per_node N -m stepdistill"
+        )
 
 
 def lacks(device: torch.device, dtype: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from students import student
 
-from stepdistill import extras, machine
+from stepdistill import distributed, extras, machine
 from stepdistill.errors import UserError
 from stepdistill.families import SD, SD3, Flux
 from stepdistill.families import kernels as attention_kernels
@@ -75,6 +75,50 @@ def test_a_type_that_the_device_cannot_convolve_in(recipe, monkeypatch, section,
     with pytest.raises(UserError, match=told):
         check_machine(changed(recipe, section, **keys))
     check_machine(recipe)
+
+
+def test_a_batch_is_divided_among_processes_and_parts(recipe, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    for batch, parts, told in [
+        (8, 1, "3 processes and train.accumulate 1; .* multiple of 3, as 9"),
+        (9, 3, "9, as 9"),
+        (12, 4, "12, as 12"),
+    ]:
+        made = changed(recipe, "train", batch=batch, accumulate=parts)
+        if batch % (3 * parts):
+            with pytest.raises(UserError, match=f"train.batch {batch} cannot be divided among {told}"):
+                check_machine(made)
+        else:
+            check_machine(made)
+
+
+def test_one_process_where_several_were_asked_for_is_refused(recipe, monkeypatch):
+    asked = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}  # as accelerate 1.15 has it
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match=r"asked for several processes and started one.*--multi_gpu.*or take torchrun"):
+        check_machine(recipe)
+    for fine in (asked | {"WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}, {"ACCELERATE_MIXED_PRECISION": "no"}):
+        machine.check_launch(fine)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.compile=true"], "train.shard: full does not go with train.compile true, .*; choose one"),
+        (
+            ["lora=null", "optim.optimizer=adamw8bit"],
+            "train.shard: full, but adamw8bit cannot keep .* set optim.optimizer to adamw",
+        ),
+        (["model.quantize=int8"], "train.shard: full, but int8 layers cannot be shared out; set it to null, or model.quantize"),
+    ],
+)
+def test_what_does_not_go_with_shares(recipe, overrides, told):
+    file = recipe.model.source.replace("model-eps", "run/recipe.yaml")
+    with pytest.raises(UserError, match=told):
+        load_recipe(file, ["train.shard=full", *overrides])
+    load_recipe(file, overrides)
 
 
 def test_emulated_bfloat16_of_an_older_gpu_counts_as_none(monkeypatch):
