@@ -24,6 +24,7 @@ STRATEGIES = {
     "lcm": "{name: lcm, guidance: [1, 3], ema: 0.9}",
     "dmd2": "{name: dmd2, student_every: 2, guidance: 2, gan: 0.01}",
     "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
+    "reflow": "{name: reflow, steps: 1}",
     "scm": "{name: scm, guidance: 2}",
     "phased_dmd": "{name: phased_dmd, steps: 2, phase_steps: 2, student_every: 1, guidance: 2}",
     "tscd": "{name: tscd, segments: [2, 1], stage_steps: 2, mix: [0.1, 0.2], grid: 4, guidance: [1, 3], ema: 0.9}",

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from processes import world
-from torch import nn
 
 from stepdistill import distributed
 
@@ -30,23 +29,6 @@ def test_two_processes_are_a_world():
 
 def test_one_process_agrees_with_itself():
     assert talk() == (0, 1, 0.0, distributed.device().type, [False, False], "from 0")
-
-
-def test_gradients_are_means_over_processes_also_where_some_have_none(monkeypatch):
-    """As if another process had gradients of the second and third parameter."""
-    told = []
-
-    def all_reduce(flat):
-        told.append(flat.tolist())
-        flat += torch.tensor([0.0, 0, 5, 7, 0, 0, 1, 1, 0])
-
-    monkeypatch.setattr(distributed, "world", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
-    params = [nn.Parameter(torch.zeros(n)) for n in (2, 1, 1, 1)]
-    params[0].grad, params[1].grad = torch.tensor([2.0, 4.0]), torch.tensor([1.0])
-    distributed.mean_gradients(params)
-    assert told == [[2, 4, 1, 0, 0, 1, 1, 0, 0]]  # in one message, with who has any
-    assert [p.grad if p.grad is None else p.grad.tolist() for p in params] == [[1, 2], [3], [3.5], None]
 
 
 def fail():

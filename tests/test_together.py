@@ -1,5 +1,6 @@
 """Whole runs of several processes: from the recipe to the report, with and without shares."""
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from students import PROMPTS
 from stepdistill import distributed, runs
 from stepdistill.cli import main
 from stepdistill.errors import UserError
+from stepdistill.evaluate import grid
 from stepdistill.recipe import load_recipe
 from stepdistill.runs import Run, train
 from stepdistill.strategies import LCM
@@ -33,9 +35,18 @@ def run(recipe, output, overrides):
     train(load_recipe(recipe, overrides), output)
 
 
+def files(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*")}
+
+
 WHOLE = {
     "lcm that is told guidance": ("lcm", "eps", ("strategy.embed_guidance=2",)),
     "dmd2 of two experts": ("dmd2", "wan", ("data.resolution=32", "data.frames=5", "data.images=null", "strategy.gan=0")),
+    "reflow, which makes pairs": (
+        "reflow",
+        "eps",
+        ("data.images=null", "pairs={count: 6, shard: 2, steps: 2}", "train.ema=0.9"),
+    ),
 }
 
 
@@ -48,13 +59,29 @@ def test_a_run_in_shares_is_shown_watched_and_exported_as_one_that_is_not(tmp_pa
     world(1, run, recipe, tmp_path / "alone", SHOWN, seconds=200)
     world(2, run, recipe, tmp_path / "shares", ("train.shard=full", *SHOWN), seconds=200)
     assert (tmp_path / "shares" / "report.html").is_file()
-    names = [{str(file.relative_to(tmp_path / who)) for file in (tmp_path / who).rglob("*")} for who in ("alone", "shares")]
-    assert names[0] == names[1]
+    assert files(tmp_path / "alone") == files(tmp_path / "shares")
     for file in (tmp_path / "alone" / "export").rglob("*.safetensors"):
         mine, theirs = load_file(file), load_file(tmp_path / "shares" / file.relative_to(tmp_path / "alone"))
         assert mine.keys() == theirs.keys()
         for name, x in mine.items():
             assert torch.allclose(x, theirs[name], rtol=0, atol=1e-5), name
+
+
+def run_without_room_for_pictures(recipe, output, overrides):
+    """The first process, which alone writes them, cannot."""
+
+    def full(folder, _pictures):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    grid.keep_pictures = full
+    run(recipe, output, overrides)
+
+
+@pytest.mark.long
+def test_in_shares_a_disk_without_room_for_pictures_holds_nobody_up(tmp_path):
+    recipe, out = prepare(tmp_path, "lcm"), tmp_path / "out"
+    world(2, run_without_room_for_pictures, recipe, out, ("train.shard=full", *SHOWN), seconds=100)
+    assert Run(out).step == 2 and (out / "report.html").is_file() and not list(out.glob("samples/*.png"))
 
 
 FAILURES = {
