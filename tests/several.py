@@ -23,7 +23,7 @@ QUICK = (
 STRATEGIES = {
     "lcm": "{name: lcm, guidance: [1, 3], ema: 0.9}",
     "dmd2": "{name: dmd2, student_every: 2, guidance: 2, gan: 0.01}",
-    "f_distill": "{name: f_distill, student_every: 2, bins: 2, bins_decay: 0.5}",
+    "f_distill": "{name: f_distill, divergence: jeffreys, student_every: 2, bins: 2, bins_decay: 0.5}",
     "reflow": "{name: reflow, steps: 1}",
     "scm": "{name: scm, guidance: 2}",
     "phased_dmd": "{name: phased_dmd, steps: 2, phase_steps: 2, student_every: 1, guidance: 2}",
@@ -31,7 +31,7 @@ STRATEGIES = {
 }
 
 
-EPSILON = 1e-3  # of AdamW, whose own, 1e-8, lets it walk by the sign of what is rounding alone
+EPSILON = {"LCM": 1e-3}  # of AdamW, else 1e-5; its own, 1e-8, lets it walk by the sign of what is rounding alone
 
 
 class Damped(Trainer):
@@ -40,7 +40,7 @@ class Damped(Trainer):
     def open(self, stage: int, enter: bool = True) -> None:
         super().open(stage, enter)
         for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
-            group["eps"] = EPSILON
+            group["eps"] = EPSILON.get(type(self.strategy).__name__, 1e-5)
 
 
 def prepare(folder: Path, strategy: str, teacher: str = "eps", *overrides: str) -> Path:
@@ -58,10 +58,13 @@ def trainer(recipe: Path, *overrides: str) -> Damped:
 
 @torch.no_grad()
 def move(distillation: Distillation) -> None:
-    """Add noise to all that the student learns, so that a lost adapter shows."""
+    """Add noise to all that the student learns, so that a lost adapter shows, and to heads, so that they tell samples apart."""
     generator = torch.Generator().manual_seed(0)
-    for p in (p for who, role in distillation.roles.items() if who.startswith("student") for p in role.parameters()):
+    roles, modules = distillation.roles.items(), distillation.strategy.modules().values()
+    for p in (p for who, role in roles if who.startswith("student") for p in role.parameters()):
         distributed.fill(p, distributed.whole(p) + 0.05 * torch.randn(p.shape, generator=generator))
+    for p in (p for module in modules for p in module.parameters()):
+        p.add_(0.5 * torch.randn(p.shape, generator=generator))
 
 
 def weights(made: Trainer) -> torch.Tensor:

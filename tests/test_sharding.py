@@ -35,10 +35,12 @@ def compare(folder, strategy, steps, processes, *overrides, machines=1, teacher=
     """Several processes beside one; returns how many tensors were in shares. size: overrides that the pipeline needs."""
     recipe, alone = prepare(folder, strategy, teacher, *size), [text for text in overrides if "shard" not in text]
     made = trainer(recipe, *alone)
-    began = several.weights(made)
+    began = {name: x.detach().clone() for name, x in made.distillation.tensors().items()}
     logs = [made.step() for _ in range(steps)]
     weights = several.weights(made).numpy()
-    assert np.abs(weights - began.numpy()).max() > 1e-4  # something was learnt, ten times what may differ
+    for learner in (name for names in made.players.values() for name in names):  # each has learnt, ten times what may differ
+        mine = [(x - began[name]).abs().max() for name, x in made.distillation.tensors().items() if f"/{learner}/" in name]
+        assert max(mine) > 1e-4, learner
     theirs, others, shares, _ = walked(folder / "several", processes, recipe, steps, overrides, None, machines)
     near((logs, weights), (theirs, others))
     return shares
