@@ -28,7 +28,7 @@ def replicated(moves: Mapping[str, tuple[int, float]]) -> list[Call]:
     """Where every process holds whole networks: the gradients of each player that moves, averaged at once.
 
     moves: player -> numbers that it learns, and how often it moves in an iteration. Besides, a few numbers are averaged for the
-    log, and flags asked for: less than a kilobyte.
+    log, and flags asked for, one for each tensor that learns: a few kilobytes.
     """
     return [Call("all-reduce", FLOAT * numbers, often) for numbers, often in moves.values() if often]
 

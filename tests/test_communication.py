@@ -47,21 +47,23 @@ def counted(names, action) -> list[tuple[str, int]]:
 
 
 def train_two_steps(recipe: Path):
-    """Bytes of each all-reduce of two iterations, and the numbers that each player learns."""
+    """Bytes of each all-reduce of two iterations; the numbers that each player learns, and how many tensors they are in."""
     distillation = assemble(load_recipe(recipe))
     made = Trainer(distillation, build_batches(distillation.recipe, distillation.family))
     steps = [[size for _, size in counted(["all_reduce"], made.step)] for _ in range(2)]
-    return steps, {who: sum(p.numel() for p in params) for who, params in made.params.items()}
+    return steps, {who: (sum(p.numel() for p in params), len(params)) for who, params in made.params.items()}
 
 
 def test_replicas_average_the_gradients_of_who_moves_and_next_to_nothing_else(tmp_path):
     overrides = ("data.count=4", "train.batch=2", "train.steps=2")
     student(tmp_path, "eps", *overrides, strategy="{name: dmd2, student_every: 2}")
     for steps, learns in world(2, train_two_steps, tmp_path / "run" / "recipe.yaml"):
-        expected = replicated({"student": (learns["student"], 0.5), "critic": (learns["critic"], 1.0)})
+        (student_s, flags), (critic_s, more) = learns["student"], learns["critic"]
+        expected = replicated({"student": (student_s, 0.5), "critic": (critic_s, 1.0)})
         large = [sorted(size for size in sizes if size > SMALL) for sizes in steps]
-        assert large == [sorted(call.size for call in expected), [4 * learns["critic"]]]
-        assert sum(map(sum, large)) / 2 == sum(call.size * call.times for call in expected)
+        flagged = [call.size + 4 * tensors for call, tensors in zip(expected, (flags, more), strict=True)]
+        assert large == [sorted(flagged), [4 * (critic_s + more)]]
+        assert [call.size * call.times for call in expected] == [2 * student_s, 4 * critic_s]
         assert all(sum(size for size in sizes if size <= SMALL) <= SMALL for sizes in steps)
 
 
