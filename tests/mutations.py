@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import peft  # noqa: F401 - peft and diffusers so that each fork finds them loaded
@@ -81,8 +82,9 @@ def tried(k: int) -> tuple[int, str]:
 def main(chosen: list[int]) -> int:
     torch.set_num_threads(1)
     chosen, began, alive = chosen or list(range(len(MUTATIONS))), time.monotonic(), 0
-    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        for done, (k, why) in enumerate(pool.imap_unordered(tried, chosen), 1):
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("fork")) as pool:
+        for done, future in enumerate(as_completed([pool.submit(tried, k) for k in chosen]), 1):
+            k, why = future.result()
             alive += bool(why)
             if why:
                 print(f"{k}: {MUTATIONS[k][0]}: {why}", flush=True)
