@@ -86,8 +86,12 @@ class Experts(nn.Module):
     def forward(self, x_t: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts' outputs, shaped as x_t [B, ...], and the tokens [B, L, C] of their middle blocks."""
         high = timestep >= self.boundary  # [B]
-        both = {self.transformer: high.nonzero()[:, 0], self.transformer_2: (~high).nonzero()[:, 0]}
         together = distributed.in_shares(self)
+        if not together and high.all():
+            return with_tokens(self.transformer, x_t, timestep, text)
+        if not together and not high.any():
+            return with_tokens(self.transformer_2, x_t, timestep, text)
+        both = {self.transformer: high.nonzero()[:, 0], self.transformer_2: (~high).nonzero()[:, 0]}
         made, spare = [], []
         for net, rows in both.items():
             asked = len(rows) > 0
