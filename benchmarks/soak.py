@@ -30,6 +30,7 @@ import numpy as np
 
 RESULTS = Path(__file__).with_suffix(".json")
 MIB = 2**20
+STEPS = 200_000  # at most
 WARM = 3  # cycles that do not count
 NOISE = 1.0  # MiB an hour that nobody would notice
 OVERRIDES = (
@@ -97,7 +98,7 @@ def trend(cycles: range, at: Sequence[float], values: Sequence[tuple[int, int]])
     }
 
 
-def judge(seen: Sequence[tuple[int, float, int, int]], ends: Sequence[dict[str, int]], warm: int = WARM) -> dict[str, Any]:
+def judge(seen: Sequence[Sequence[float]], ends: Sequence[dict[str, int]], warm: int = WARM) -> dict[str, Any]:
     """Figures and verdict. seen: cycle, seconds, memory, heap of every step. ends: what was held at the end of each cycle."""
     cycles = range(warm, len(ends))
     at = [float(np.mean([t for k, t, _, _ in seen if k == cycle])) / 3600 for cycle in cycles]
@@ -125,14 +126,15 @@ def soak(minutes: float, folder: Path, leak: int = 0, cycle: int = 40, figures: 
 
     began, honest = time.monotonic(), Trainer.step
     lost: list[bytes] = []
-    seen: list[tuple[int, float, int, int]] = []
+    seen = np.full((STEPS, 4), np.nan)  # there from the beginning: what notes the steps must not grow with them
     ends: list[dict[str, int]] = []
 
     def step(self: Trainer) -> dict[str, float]:
         values = honest(self)
-        lost.append(os.urandom(leak))
+        if leak:
+            lost.append(os.urandom(leak))
         now = held()
-        seen.append((len(ends), time.monotonic() - began, now["memory"], now["heap"]))
+        seen[self.at - 1] = len(ends), time.monotonic() - began, now["memory"], now["heap"]
         if self.at % cycle == 0:
             if figures:
                 compare(self.distillation, tiny_suite(80), folder / "eval", Line(), steps=[1], against=["none"])
@@ -148,6 +150,7 @@ def soak(minutes: float, folder: Path, leak: int = 0, cycle: int = 40, figures: 
         pass
     finally:
         Trainer.step = honest
+    seen = seen[~np.isnan(seen[:, 0])]
     return judge(seen, ends) | {"minutes": (time.monotonic() - began) / 60, "steps": len(seen)}
 
 

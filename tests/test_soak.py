@@ -79,5 +79,6 @@ def test_training_holds_what_it_held_unless_it_is_made_to_leak(tmp_path, leak, m
     made = json.loads((tmp_path / "soak.json").read_text())
     assert made["constant"], made
     # of the allocator: what the system counts takes longer than two minutes to settle, see benchmarks/soak.json
-    assert made["heap"]["flat"] == (leak == 0), made["heap"]
+    a_step = made["heap"]["mib_per_hour"] * MIB / (60 * made["steps"] / made["minutes"])  # bytes
+    assert (a_step > 200) == (leak > 0), made["heap"]  # what is watched of losses fills its window, by some 64
     assert leak == 0 or made["heap"]["low"] > 0
