@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from .sampling import Inference
 from .sections import check_guidance
 from .show import Line
 from .sidecar import SIDECAR, WHOLE, Serving, read_export
+from .sources import is_hub_id
 from .strategies import Strategy
 
 AVERAGE = "_ema"  # the average of role x is role x_ema
@@ -120,19 +121,20 @@ def assemble(recipe: Recipe, shares: bool = False) -> Distillation:
     model, train, where = recipe.model, recipe.train, distributed.device()
     together = shares and train.shard is not None and distributed.world() > 1
     dtype, data = getattr(torch, model.dtype), recipe.data
-    loras = [find_lora(lora) for lora in model.loras]
-    family = load_family(
-        model.source,
-        dtype,
-        model.revision,
-        model.variant,
-        model.quantize,
-        "cpu" if together else where,  # what is sharded goes to the device in parts
-        data.size,
-        data.frames,
-        loras,
-        recipe.trust_remote_code,
-    )
+    first_alone = distributed.in_turn() if is_hub_id(model.source) else nullcontext()
+    with first_alone:  # the others find in the hub's cache what it has fetched
+        family = load_family(
+            model.source,
+            dtype,
+            model.revision,
+            model.variant,
+            model.quantize,
+            "cpu" if together else where,  # what is sharded goes to the device in parts
+            data.size,
+            data.frames,
+            [find_lora(lora) for lora in model.loras],
+            recipe.trust_remote_code,
+        )
     if train.attention == "xformers":
         use_xformers(family)
     strategy = recipe.strategy

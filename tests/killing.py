@@ -22,14 +22,13 @@ def command(file: Path, output: Path, *overrides: str) -> list[str]:
     return ["train", str(file), *overrides, "--output", str(output)]
 
 
-def training(argv: list[str], moment: int | None) -> int:
-    """The command line; killed before it executes so many lines of what writes checkpoints and other files."""
-    torch.set_num_threads(1)
+def die_within(moment: int, sources: tuple[str, ...]) -> None:
+    """Let this process be killed before it executes so many more lines of these files."""
     left = moment
 
     def trace(frame, event, _):
         nonlocal left
-        if frame.f_code.co_filename not in SAVING:
+        if frame.f_code.co_filename not in sources:
             return None
         if event == "line":
             left -= 1
@@ -37,8 +36,14 @@ def training(argv: list[str], moment: int | None) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
+    sys.settrace(trace)
+
+
+def training(argv: list[str], moment: int | None) -> int:
+    """The command line; killed before it executes so many lines of what writes checkpoints and other files."""
+    torch.set_num_threads(1)
     if moment is not None:
-        sys.settrace(trace)
+        die_within(moment, SAVING)
     from stepdistill.cli import main
 
     return main(argv)

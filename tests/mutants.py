@@ -4,6 +4,7 @@ LCM, DMD, DMD2, PHASED, VSD, F = (f"strategies/{name}.py" for name in ("lcm", "d
 TSCD, TRIG, SCM, RCM, BOOT, REFLOW = (f"strategies/{name}.py" for name in ("tscd", "trigflow", "scm", "rcm", "boot", "reflow"))
 SHARED = "strategies/shared.py"
 MUTATIONS = [  # file, what it says, what is put there, whose tests must notice
+    ("assemble.py", "distributed.in_turn() if is_hub_id(model.source) else nullcontext()", "nullcontext()", "distributed"),
     ("trainer.py", "            x.copy_(before[name])\n", "            pass\n", "trainer"),
     ("trainer.py", "if self.skips == self.recipe.train.skip", "if self.skips > self.recipe.train.skip", "trainer"),
     ("trainer.py", 'meta.get("skips", 0)', "0", "trainer"),

@@ -8,11 +8,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections import namedtuple
 
 import pytest
 import torch
+from killing import die_within
 
 from stepdistill import checkpoint, distributed, files
 from stepdistill.errors import UserError
@@ -155,19 +155,7 @@ TRACED = (checkpoint.__file__, files.__file__, shutil.__file__)
 def killed_at(moment, action):
     """In a process that dies before it executes so many more lines of what writes; whether it did."""
     if (child := os.fork()) == 0:
-        left = moment
-
-        def trace(frame, event, _):
-            nonlocal left
-            if frame.f_code.co_filename not in TRACED:
-                return None
-            if event == "line":
-                left -= 1
-                if left < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        sys.settrace(trace)
+        die_within(moment, TRACED)
         action()
         os._exit(0)
     _, status = os.waitpid(child, 0)
