@@ -26,10 +26,11 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline  # noqa:
 from evaluation_mutants import MUTATIONS as OF_EVALUATION
 from kernel_mutants import MUTATIONS as OF_KERNELS
 from mutants import MUTATIONS as OF_THE_REST
+from strategy_mutants import MUTATIONS as OF_STRATEGIES
 
 PROCESSES = 2
 REPO = Path(__file__).resolve().parent.parent
-MUTATIONS = OF_THE_REST + OF_EVALUATION + OF_KERNELS
+MUTATIONS = OF_THE_REST + OF_STRATEGIES + OF_EVALUATION + OF_KERNELS
 FOLDERS = {"stepdistill": "stepdistill", "stepdistill_kernels": "kernels", "tests": "tests"}  # as imported: where it is
 
 
